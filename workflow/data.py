@@ -1,8 +1,9 @@
 """Text becomes batches.
 
-A text is cut into documents at its headings, tokenised, joined by the end-of-text token into one stream, and split
-once into a training and a held-out part. Batches are a pure function of (seed, step): nothing is padded, nothing is
-dropped, and a resumed run needs no more than the step to go on with the very next tokens.
+A text is cut into documents at its headings, tokenised, joined by the end-of-text token into one
+stream, and split once into a training and a held-out part. Batches are a pure function of (seed,
+step): nothing is padded, nothing is dropped, and a resumed run needs no more than the step to go on
+with the very next tokens.
 """
 
 from __future__ import annotations
@@ -72,9 +73,11 @@ def load_corpus(
     sequence_length: int,
     cache: Path,
 ) -> Corpus:
-    """Reads, tokenises (once: the token file in `cache` is keyed by text and tokenizer) and splits a text.
+    """Reads, tokenises and splits a text.
 
-    The held-out part is the end of the stream; it starts where a document does, if one starts there.
+    The token file in `cache` is keyed by text and tokenizer, and made once. The held-out part is
+    the end of the stream; it starts where a document does, if one starts
+    there.
     Raises DataError when either part is shorter than one sequence and its last target.
     """
     text, text_sha256 = read_text(path)
@@ -89,7 +92,7 @@ def load_corpus(
         if length <= sequence_length:
             raise DataError(
                 path,
-                f"{length} tokens {part}, at least {sequence_length + 1} are needed for one sequence",
+                f"{length} tokens {part}, one sequence needs {sequence_length + 1}",
                 "give a longer text or a smaller train.sequence_length",
             )
     return Corpus(path.name, tokens[:cut], tokens[cut:], len(ends), text_sha256, tokenizer_sha256)
@@ -136,22 +139,23 @@ def write_tokens(file: Path, tokens: list[int], vocabulary: int) -> None:
 
 
 def split_point(total: int, ends: np.ndarray, fraction: float) -> int:
-    """Where the held-out part starts: the first document's start in the last `fraction` of the tokens, if there is one."""
+    """Where the held-out part starts: with a document, if one starts in the last `fraction`."""
     cut = total - round(total * fraction)
     starts = ends[(ends >= cut) & (ends < total)]
     return int(starts[0]) if len(starts) else cut
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# --- batches --------------------------------------------------------------------------------------
 
 
 def batch_at(
     tokens: np.ndarray, step: int, batch_size: int, sequence_length: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64, (B, T) each, of update `step` (0, 1, …). Targets are inputs one token on.
+    """Inputs and targets, int64 (B, T), of update `step` (0, 1, …): targets are one token on.
 
-    The epochs follow each other in one endless stream, which is cut every T tokens; the sequences that start in one
-    epoch are shuffled among themselves. So each token is an input once an epoch and every batch is full.
+    The epochs follow each other in one endless stream, which is cut every T tokens; the sequences
+    that start in one epoch are shuffled among themselves. So each token is an input once an epoch
+    and every batch is full.
     """
     first = step * batch_size
     starts = [
@@ -179,7 +183,7 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def validation_batches(tokens: np.ndarray, most: int, batch_size: int, sequence_length: int):
-    """The first `most` held-out tokens in order, as (inputs, targets), none padded; the last batch may be smaller."""
+    """The first `most` tokens in order, as inputs and targets; the last batch may be smaller."""
     count = min(most, len(tokens) - 1) // sequence_length
     for first in range(0, count, batch_size):
         starts = np.arange(first, min(first + batch_size, count)) * sequence_length

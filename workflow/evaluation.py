@@ -13,7 +13,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a token, mean over `tokens` scored ones; protocol: how they were scored, in words."""
+    """loss: nats a token, mean over the `tokens` that were scored; protocol: how, in words."""
 
     loss: float
     tokens: int
@@ -24,18 +24,20 @@ class Evaluation:
         return math.exp(self.loss)
 
     def __str__(self) -> str:
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f} over {self.tokens} tokens ({self.protocol})"
+        figures = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}"
+        return f"{figures} over {self.tokens} tokens ({self.protocol})"
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, tokens: np.ndarray, window: int = 1024, stride: int | None = None
 ) -> Evaluation:
-    """Scores a stream of token ids (N,) in windows of `window` tokens that start every `stride` (default: window).
+    """Scores token ids (N,) in windows of `window` that start every `stride` (default: window).
 
-    Each token is scored once, with the most context that a window gives it; the first of the first window has none
-    and is not scored. Without overlap this holds for the first of every window. A last part shorter than a window is
-    scored too. `model` maps ids (1, T) to logits (1, T, V). Follows huggingface.co/docs/transformers/perplexity.
+    Each token is scored once, with the most context that a window gives it; the first of the first
+    window has none and is not scored. Without overlap this holds for the first of every window. A
+    last part shorter than a window is scored too. `model` maps ids (1, T) to logits (1, T, V).
+    Follows huggingface.co/docs/transformers/perplexity.
     """
     stride = stride or window
     if not 0 < stride <= window:
@@ -62,6 +64,6 @@ def evaluate(
 def unigram_loss(
     train: np.ndarray, held_out: np.ndarray, vocabulary: int, added: float = 0.05
 ) -> float:
-    """Nats a token on `held_out` of the unigram model of `train`, with `added` to every count (Lidstone smoothing)."""
+    """Nats a token on `held_out`, knowing word counts of `train` with `added` to each."""
     counts = np.bincount(train, minlength=vocabulary) + added
     return float(-np.log(counts / counts.sum())[held_out].mean())

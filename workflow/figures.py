@@ -1,4 +1,7 @@
-"""Arrays in, a figure out. Nothing here knows of runs or models; every axis has its unit, nothing needs colour alone."""
+"""Arrays in, a figure out.
+
+Nothing here knows of runs or models; every axis has its unit, nothing needs colour alone.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
 def loss_curve(
     rows: Rows, *, title: str, resumed_at: int, lines: Mapping[str, float], width: int = 50
 ) -> Figure:
-    """Training loss by step, raw and smoothed over `width` steps, and held-out loss; `lines` are losses to compare with.
+    """Training loss, raw and smoothed over `width` steps, and held-out loss, by step.
 
-    The steps after `resumed_at` stand in the second panel, enlarged.
+    `lines` are losses to compare with. The steps after `resumed_at` are enlarged beside it.
     """
     figure, (whole, end) = plt.subplots(
         1, 2, figsize=(10, 4), width_ratios=(3, 1), layout="constrained"

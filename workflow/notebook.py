@@ -1,7 +1,8 @@
 """The story, with and without Jupyter.
 
-`python -m workflow.notebook` executes main.ipynb as nbconvert would, shows its output while it runs, and keeps it in
-the run's folder as a notebook and as an HTML page. `run_cells` runs the same cells as a plain script.
+`python -m workflow.notebook` executes main.ipynb as nbconvert would, shows its output while it
+runs, and keeps it in the run's folder as a notebook and as an HTML page. `run_cells` runs the same
+cells as a plain script.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ SKIPPED = "skip-execution"  # the tag of cells that are for an interactive reade
 
 
 def run_cells(path: Path = STORY, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Runs the code cells of a notebook in one namespace, without Jupyter, and returns the namespace.
+    """Runs a notebook's code cells in one namespace, without Jupyter, and returns it.
 
     parameters: values that replace those of the cell tagged `parameters`, as papermill does.
     """
@@ -28,16 +29,18 @@ def run_cells(path: Path = STORY, parameters: dict[str, Any] | None = None) -> d
     for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "code" and SKIPPED not in tags:
-            exec(compile(cell.source, f"{path}, cell {number}", "exec"), namespace)
+            code = compile(cell.source, f"{path}, cell {number}", "exec")
+            exec(code, namespace)  # noqa: S102, the project's own cells
             if "parameters" in tags:
                 namespace.update(parameters or {})
     return namespace
 
 
 def execute(path: Path = STORY, runs: Path = Path("runs")) -> Path:
-    """Executes a notebook with nbclient, printing as it goes; returns the folder with what was made.
+    """Executes a notebook with nbclient, printing as it goes; returns the folder of the run.
 
-    The last line `Run folder: …` of its output says where that is; a notebook that fails is kept in `runs` itself.
+    The last line `Run folder: …` of its output says where that is; a notebook that fails is kept in
+    `runs` itself.
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -93,10 +96,13 @@ def main() -> None:
         os.environ["SMOLLM_PROFILE"] = arguments.profile  # the kernel inherits it
     folder = execute()
     print(
-        f"\nMade:\n  {folder}/main.html   the executed story, open it in a browser\n"
+        f"\nMade:\n"
+        f"  {folder}/main.html   the executed story: open it in a browser\n"
         f"  {folder}/main.ipynb  the same as a notebook\n"
-        f"  checkpoints/{folder.name}/  checkpoint_*.pt\n"
-        "Look:\n  make tensorboard   curves and samples\n  make lab           the notebook in JupyterLab"
+        f"  checkpoints/{folder.name}/  the checkpoints\n"
+        f"Look:\n"
+        f"  make tensorboard   curves and samples\n"
+        f"  make lab           the notebook in JupyterLab"
     )
 
 

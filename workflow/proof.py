@@ -1,7 +1,7 @@
 """How the copy is held against the original.
 
-Nothing here samples: every check compares numbers of both models on the same ids, with a bound that was set before
-the figures were seen, or greedy tokens, which are either the same or not.
+Nothing here samples: every check compares numbers of both models on the same ids, with a bound that
+was set before the figures were seen, or greedy tokens, which are either the same or not.
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ from torch import Tensor
 
 from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
 
-from .config import ProofSettings
 from .reference import Reference
+from .settings import ProofSettings
 
 MAX_LOSS_DIFFERENCE = 1e-5  # nats a token
 MAX_PROMPT_TOKENS = 300
 
 LONG_PROMPT = (
-    "The mill stood where the valley narrowed, and for as long as anyone could remember it had ground the corn of three "
-    "parishes. In dry summers the wheel turned so slowly that the miller's children could count its paddles; in spring, "
-    "when the snow came down all at once, the whole building shook and flour drifted from the rafters. The miller kept a "
-    "ledger in which every sack was entered twice, once when it arrived as grain and once when it left as meal, and the "
-    "difference between the two columns was the only wage he ever took. One year the difference vanished. Sacks went out "
-    "exactly as heavy as they had come in. He weighed the scales against a stone, and the stone against the scales of the "
-    "next village, and found nothing wrong with either. His wife said that he should be glad of honest customers. His "
-    "eldest son said that the mice had at last been caught. The miller said nothing, but sat up all night beside the hopper "
-    "with a lantern under his coat, listening to the water. Towards morning the wheel stopped by itself, though the sluice "
-    "was open, and in the silence he heard someone on the other side of the wall counting under his breath: nineteen, twenty, "
-    "twenty-one. When he opened the door there was nobody there, only the wet prints of bare feet that led across the boards, "
-    "down the steps and into the mill race, each a little smaller than the one before it. He followed them to the edge and"
+    "The mill stood where the valley narrowed, and for as long as anyone could remember it had "
+    "ground the corn of three parishes. In dry summers the wheel turned so slowly that the "
+    "miller's children could count its paddles; in spring, when the snow came down all at once, "
+    "the whole building shook and flour drifted from the rafters. The miller kept a ledger in "
+    "which every sack was entered twice, once when it arrived as grain and once when it left as "
+    "meal, and the difference between the two columns was the only wage he ever took. One year "
+    "the difference vanished. Sacks went out exactly as heavy as they had come in. He weighed "
+    "the scales against a stone, and the stone against the scales of the next village, and "
+    "found nothing wrong with either. His wife said that he should be glad of honest customers. "
+    "His eldest son said that the mice had at last been caught. The miller said nothing, but "
+    "sat up all night beside the hopper with a lantern under his coat, listening to the water. "
+    "Towards morning the wheel stopped by itself, though the sluice was open, and in the "
+    "silence he heard someone on the other side of the wall counting under his breath: "
+    "nineteen, twenty, twenty-one. When he opened the door there was nobody there, only the wet "
+    "prints of bare feet that led across the boards, down the steps and into the mill race, "
+    "each a little smaller than the one before it. He followed them to the edge and"
 )
 PROMPTS = (  # (kind, text); the first ones are generated on both sides
     ("prose", "Once upon a time, there was a lighthouse keeper who"),
@@ -81,22 +85,24 @@ class PromptCheck:
 
     def __str__(self) -> str:
         way = "generated on both sides" if self.generated else "reference's argmax over ours"
-        return f"{self.kind:<12}{self.tokens:>4} tokens{self.logit_difference:>12.2e}{self.agreeing:>6} identical, {way}"
+        figures = f"{self.tokens:>4} tokens{self.logit_difference:>12.2e}{self.agreeing:>6}"
+        return f"{self.kind:<12}{figures} identical, {way}"
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
-    """A `LlamaModel` with the reference's weights, copied by name, strictly. Prints what was counted on both sides."""
+    """A `LlamaModel` with the reference's weights, copied by name, strictly.
+
+    Prints what was counted on both sides.
+    """
     model = LlamaModel(reference.config)
     load_hf_weights(model, reference.state_dict)
     ours, theirs = hf_state_dict(model), reference.state_dict
     print(f"Model loaded. Total params: {count(ours)}")
     print(f"HF model params: {count(theirs)}")
-    print(
-        f"Layers: {len(model.layers)}, HF model layers: {len(reference.model.model.layers)}; {len(ours)} tensors"
-    )
-    print(
-        f"Missing keys: {sorted(theirs.keys() - ours.keys())}, extra keys: {sorted(ours.keys() - theirs.keys())}"
-    )
+    layers = len(reference.model.model.layers)
+    print(f"Layers: {len(model.layers)}, HF model layers: {layers}; {len(ours)} tensors")
+    missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
+    print(f"Missing keys: {missing}, extra keys: {extra}")
     return model
 
 
@@ -106,7 +112,7 @@ def count(tensors: dict[str, Tensor]) -> int:
 
 @torch.no_grad()
 def verify(model: LlamaModel, reference: Reference, settings: ProofSettings) -> list[Rung]:
-    """Climbs from counts to greedy text; both models on the CPU in float32. Stops at nothing, prints each prompt."""
+    """From counts to greedy text, stopping at nothing; both models in float32 on the CPU."""
     ours, theirs = hf_state_dict(model), reference.state_dict
     unequal = [
         name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])
@@ -164,7 +170,8 @@ def check_prompt(
 ) -> PromptCheck:
     """Continues `prompt` (1, T) greedily, and compares logits and choices over all of it.
 
-    That transformers' argmax equals our continuation at every place proves that it would have generated the same.
+    That transformers' argmax equals our continuation at every place proves that it would have
+    generated the same.
     """
     text = model.generate(prompt, new_tokens)
     theirs = reference.model(text).logits
@@ -217,7 +224,6 @@ def table(rungs: list[Rung]) -> str:
     for rung in rungs:
         figure = f"{rung.figure:.2e}" if isinstance(rung.figure, float) else str(rung.figure)
         verdict = "holds" if rung.holds else "FAILS"
-        lines.append(
-            f"{rung.name:<34}{figure:>12}  {rung.bound:<16}{verdict}{f'  ({rung.detail})' * bool(rung.detail)}"
-        )
+        detail = f"  ({rung.detail})" if rung.detail else ""
+        lines.append(f"{rung.name:<34}{figure:>12}  {rung.bound:<16}{verdict}{detail}")
     return "\n".join(lines)

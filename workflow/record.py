@@ -1,9 +1,10 @@
-"""What a run leaves to look at: rows in metrics.jsonl, and the same in TensorBoard."""
+"""What a run leaves to look at: rows in metrics.jsonl and TensorBoard, and traces to compare."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,29 @@ SCALARS = {  # key of a row -> TensorBoard's tag
 }
 
 
-class Record:
-    """The rows of a run up to `step`, and the files that take the next ones. What lies beyond `step` is cut off.
+@dataclass(frozen=True)
+class Trace:
+    """Some steps of a run, to compare bit for bit: their losses, and the weights after the last."""
 
-    Each row is a flat dict with "step" (updates done) and any of: loss (nats a token, before the update), learning_rate,
-    gradient_norm (before clipping), tokens_per_second (of updates alone); validation_loss; prompt and sample.
+    first_step: int
+    losses: tuple[float, ...]
+    weights_sha256: str
+
+    @classmethod
+    def read(cls, file: Path) -> Trace:
+        values = json.loads(file.read_text())
+        return cls(**values | {"losses": tuple(values["losses"])})
+
+    def write(self, file: Path) -> None:
+        replace_text(file, json.dumps(asdict(self)))
+
+
+class Record:
+    """The rows of a run up to `step`, the rest cut off, and the files that take the next ones.
+
+    Each row is a flat dict with "step" (updates done) and any of: loss (nats a token, before the
+    update), learning_rate, gradient_norm (before clipping), tokens_per_second (of updates alone);
+    validation_loss; prompt and sample.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -38,7 +57,7 @@ class Record:
         )
         os.replace(unfinished, file)
         self._file = open(file, "a", encoding="utf-8")
-        # `step` itself would take the last point with it; without a purge, steps since the checkpoint stand twice
+        # `step` would take the last point with it; without a purge, later steps would stand twice
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def add(self, row: dict[str, Any]) -> None:
@@ -65,6 +84,13 @@ class Record:
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    unfinished = file.with_name(f"{file.name}.tmp.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def whole_lines(file: Path) -> list[str]:

