@@ -40,25 +40,16 @@ def loss_curve(
         1, 2, figsize=(10, 4), width_ratios=(3, 1), layout="constrained"
     )
     steps, losses = column(rows, "loss")
+    resumed = steps > resumed_at
+    whole.plot(steps, losses, color="0.8", linewidth=0.6, label="training, each step")
+    mean = smoothed(losses, width)
+    whole.plot(
+        steps[~resumed], mean[~resumed], color="tab:blue", label=f"training, mean of {width}"
+    )
+    end.plot(steps[~resumed], losses[~resumed], color="0.5", linewidth=1)
     for axes in (whole, end):
-        resumed = steps > resumed_at
-        axes.plot(steps, losses, color="0.8", linewidth=0.6, label="training, each step")
-        axes.plot(
-            steps[~resumed],
-            smoothed(losses, width)[~resumed],
-            color="tab:blue",
-            label=f"training, mean of {width}",
-        )
-        axes.plot(
-            steps[resumed],
-            losses[resumed],
-            color="tab:red",
-            linewidth=1.2,
-            label="resumed, each step",
-        )
-        axes.plot(
-            *column(rows, "validation_loss"), "ko-", markersize=3, linewidth=1, label="held out"
-        )
+        axes.plot(steps[resumed], losses[resumed], color="tab:red", label="resumed, each step")
+        axes.plot(*column(rows, "validation_loss"), "ko-", markersize=3, label="held out")
         axes.axvline(resumed_at, color="0.4", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step (updates)")
         axes.grid(alpha=0.3)

@@ -320,9 +320,10 @@ class Run:
         settings, steps = self.config.train, target - self.step
         tokens = steps * settings.batch_size * settings.sequence_length
         parameters = sum(p.numel() for p in self.model.parameters())
+        epochs = tokens / len(self.corpus.train)
         print(
             f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens: "
-            f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} parameters, "
+            f"{tokens} tokens, {epochs:.1f} epochs; {parameters} parameters, "
             f"{16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
 

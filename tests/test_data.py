@@ -1,0 +1,139 @@
+"""Text becomes batches: what is kept, what is held out, and in which order it comes."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from conftest import ROOT
+from workflow.data import (
+    DataError,
+    batch_at,
+    load_corpus,
+    read_text,
+    split_point,
+    tokenize,
+    validation_batches,
+)
+
+
+@pytest.fixture
+def tokenizer(reference) -> Tokenizer:
+    return reference.tokenizer.backend_tokenizer
+
+
+def test_documents_start_at_headings_and_end_with_the_end_of_text(tokenizer):
+    text = "before\n\n = One = \n\nfirst\n\n = = Part = = \n\nmore\n\n = Two = \n\nsecond\n"
+    ids = tokenize(text, tokenizer, 0)
+    ends = [place for place, token in enumerate(ids) if token == 0]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    documents = [tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
+    assert documents == [
+        "before",
+        " = One = \n\nfirst\n\n = = Part = = \n\nmore",
+        " = Two = \n\nsecond",
+    ]
+
+
+def test_the_held_out_part_starts_with_a_document_where_one_starts():
+    assert split_point(100, np.array([30, 80, 93, 100]), 0.1) == 93
+    assert split_point(100, np.array([30, 80, 100]), 0.1) == 90
+    assert split_point(100, np.array([30, 90, 100]), 0.1) == 90
+
+
+def test_the_projects_own_text_is_long_various_and_free_of_repetition():
+    text = (ROOT / "input.txt").read_text()
+    paragraphs = [line for line in text.split("\n") if len(line) > 40]
+    assert len(text.encode()) >= 120_000
+    assert text.count("\n = ") >= 40
+    assert len(set(paragraphs)) == len(paragraphs)
+
+
+def test_the_token_file_is_made_once_for_a_text_and_a_tokenizer(tokenizer, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("hello world " * 50)
+    first = load_corpus(text, tokenizer, 0, 0.2, 16, tmp_path)
+    (file,) = (tmp_path / "tokens").iterdir()
+    written = file.stat().st_mtime_ns
+    again = load_corpus(text, tokenizer, 0, 0.2, 16, tmp_path)
+    assert file.stat().st_mtime_ns == written
+    assert np.array_equal(first.train, again.train)
+    assert first.train.dtype == np.uint16
+    assert len(first.train) + len(first.validation) == 12 * 50 + 1
+    text.write_text("other words " * 50)
+    assert load_corpus(text, tokenizer, 0, 0.2, 16, tmp_path).text_sha256 != first.text_sha256
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+@pytest.mark.parametrize(("total", "batch", "length"), [(1000, 1, 16), (997, 4, 10), (50, 3, 16)])
+def test_each_token_is_an_input_once_an_epoch_and_targets_are_inputs_shifted_by_one(
+    total, batch, length
+):
+    tokens = np.arange(total)  # a token's value is its place
+    steps = 3 * total // (batch * length)
+    rows = [batch_at(tokens, step, batch, length, seed=7) for step in range(steps)]
+    for inputs, targets in rows:
+        assert inputs.shape == targets.shape == (batch, length)
+        assert torch.equal(targets, (inputs + 1) % total)
+    seen = torch.cat([inputs.flatten() for inputs, _ in rows]).numpy()
+    counts = np.bincount(seen, minlength=total)
+    assert counts.min() >= 2  # 3 epochs, of which the last may lack a few sequences
+    assert counts.max() <= 4  # and a sequence may reach over into the next epoch
+    assert len(seen) == steps * batch * length
+
+
+def test_an_epoch_of_whole_sequences_has_every_token_exactly_once():
+    tokens = np.arange(960)
+    for epoch in range(3):
+        steps = range(epoch * 30, (epoch + 1) * 30)
+        seen = torch.cat([batch_at(tokens, step, 2, 16, seed=1)[0].flatten() for step in steps])
+        assert sorted(seen.tolist()) == list(range(960))
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    tokens = np.arange(1000)
+    forward = [batch_at(tokens, step, 2, 16, seed=1)[0] for step in range(80)]
+    backward = [batch_at(tokens, step, 2, 16, seed=1)[0] for step in reversed(range(80))]
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    assert not torch.equal(batch_at(tokens, 0, 2, 16, seed=2)[0], forward[0])
+    # another size of batch cuts the same order of sequences
+    assert torch.equal(batch_at(tokens, 0, 4, 16, seed=1)[0], torch.cat(forward[:2]))
+
+
+def test_validation_covers_the_held_out_tokens_in_order_without_padding():
+    batches = list(validation_batches(np.arange(100), 1000, 4, 16))
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    assert inputs.flatten().tolist() == list(range(96))
+    assert all(torch.equal(targets, inputs + 1) for inputs, targets in batches)
+    assert len(list(validation_batches(np.arange(100), 32, 1, 16))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "the file is empty"),
+        (b" \n\n", "the file is empty"),
+        (b"abc\xffdef", "byte 3 is not UTF-8"),
+        (b"abc\0def", "character 3 is a NUL"),
+        (b"short", "5 tokens to train on, one sequence needs 17"),
+    ],
+)
+def test_a_text_that_cannot_be_trained_on_says_why(tokenizer, tmp_path, content, words):
+    text = tmp_path / "text.txt"
+    text.write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        load_corpus(text, tokenizer, 0, 0.1, 16, tmp_path)
+
+
+def test_a_path_that_is_no_file_is_refused_without_hanging(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path, words in (("absent", "no such file"), ("", "a folder"), ("fifo", "not a file")):
+        with pytest.raises(DataError, match=words):
+            read_text(tmp_path / path)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf = A = \r\n\r\nx\r\n")
+    assert read_text(tmp_path / "text.txt")[0] == " = A = \n\nx\n"

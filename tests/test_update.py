@@ -1,0 +1,91 @@
+"""Loss, rate and optimizer."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from SmolLm3 import LlamaModel
+from workflow.update import NextTokenLoss, learning_rate, load_optimizer, make_optimizer
+
+
+@pytest.fixture
+def model(config) -> LlamaModel:
+    torch.manual_seed(0)
+    return LlamaModel(config.trained)
+
+
+def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model):
+    tokens = torch.randint(257, (2, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = NextTokenLoss(model)(inputs, targets)
+    loss.backward()
+    gradient = model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
+
+
+def test_the_rate_warms_up_falls_and_stays(config):
+    settings = config.train.model_copy(
+        update={
+            "learning_rate": 1.0,
+            "min_learning_rate": 0.1,
+            "warmup_steps": 10,
+            "schedule_steps": 110,
+        }
+    )
+    rates = [learning_rate(step, settings) for step in range(200)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110:] == [pytest.approx(0.1)] * 90
+    assert all(a > b for a, b in itertools.pairwise(rates[10:111]))
+
+
+def test_the_rate_does_not_depend_on_where_the_run_stops(config):
+    longer = config.train.model_copy(update={"steps": 9999, "resume_steps": 1})
+    assert [learning_rate(s, longer) for s in range(30)] == [
+        learning_rate(s, config.train) for s in range(30)
+    ]
+
+
+def test_the_optimizer_has_every_parameter_once_and_only_matrices_decay(model, config):
+    optimizer = make_optimizer(model, config.train)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] > 0) == (parameter.ndim >= 2)
+
+
+def test_loading_moments_keeps_the_settings_of_the_new_optimizer(model, config):
+    optimizer = make_optimizer(model, config.train)
+    NextTokenLoss(model)(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4).long()).backward()
+    optimizer.step()
+    other = config.train.model_copy(update={"weight_decay": 0.7, "learning_rate": 0.5})
+    fresh = make_optimizer(model, other)
+    load_optimizer(fresh, optimizer.state_dict())
+    assert fresh.param_groups[0]["weight_decay"] == 0.7
+    assert fresh.param_groups[0]["lr"] == 0.5
+    for parameter in model.parameters():
+        assert torch.equal(fresh.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+    assert math.isfinite(fresh.state[parameter]["step"].item())
+
+
+def test_moments_of_another_optimizer_are_refused(model, config):
+    optimizer = make_optimizer(model, config.train)
+    NextTokenLoss(model)(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4).long()).backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["param_names"].reverse()
+    with pytest.raises(ValueError, match="the same in another order"):
+        load_optimizer(make_optimizer(model, config.train), saved)
+    saved["param_groups"][0]["param_names"].reverse()
+    del saved["state"][0]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="lacks moments of 1 parameters"):
+        load_optimizer(make_optimizer(model, config.train), saved)
