@@ -222,7 +222,7 @@ class LlamaModel(nn.Module):
     ) -> None:
         T, context = input_ids.shape[1], self.config.max_position_embeddings
         if input_ids.numel() == 0:
-            raise ValueError("the prompt is empty; give at least one token")
+            raise ValueError("the prompt is empty, give at least one token")
         low, high, last = input_ids.min(), input_ids.max(), self.config.vocab_size - 1
         if low < 0 or high > last:
             raise ValueError(f"token ids run from {low} to {high}, the vocabulary from 0 to {last}")

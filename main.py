@@ -1,7 +1,9 @@
-"""The story of main.ipynb as commands; `python main.py COMMAND --help` explains one.
+"""The story of main.ipynb as commands.
 
-Exit codes: 0 good, 2 bad input or configuration, 3 a damaged or foreign checkpoint, 4 numbers that
-are not finite, 5 the weights cannot be had, 6 the disk, 7 a folder in use, 130 interrupted.
+`python main.py COMMAND --help` explains one. Exit codes: 0 good, 1 a proof
+that fails, 2 bad input or configuration, 3 a damaged or foreign checkpoint,
+4 numbers that are not finite, 5 the weights cannot be had, 6 the disk, 7 a
+folder in use, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -56,17 +58,18 @@ def generate(arguments: argparse.Namespace) -> int:
     model, tokenizer, config = open_model(arguments)
     ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
     generator = torch.Generator().manual_seed(config.run.seed)
-    shown = ""
-    for token in model.stream(
-        torch.tensor([ids]), arguments.tokens, arguments.temperature, generator=generator
-    ):
-        ids.append(token.item())
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        if not text.endswith(
-            "\N{REPLACEMENT CHARACTER}"
-        ):  # the first bytes of a character that is not whole yet
-            print(text.removeprefix(shown), end="", flush=True)
-            shown = text
+    prompt, shown = torch.tensor([ids], dtype=torch.long), ""
+    try:
+        for token in model.stream(
+            prompt, arguments.tokens, arguments.temperature, generator=generator
+        ):
+            ids.append(token.item())
+            text = tokenizer.decode(ids, skip_special_tokens=False)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for more
+                print(text.removeprefix(shown), end="", flush=True)
+                shown = text
+    except ValueError as error:
+        raise WorkflowError("generate", str(error), "change the prompt or --tokens") from None
     print()
     return 0
 

@@ -248,6 +248,13 @@ def random_states() -> dict[str, Any]:
     }
 
 
+def seed_random_states(seed: int) -> None:
+    """Starts every random state of the process from `seed`, so that two runs start alike."""
+    torch.manual_seed(seed)  # seeds the GPUs too
+    np.random.seed(seed)
+    random.seed(seed)
+
+
 def restore_random_states(states: dict[str, Any]) -> None:
     """The inverse.
 

@@ -214,7 +214,8 @@ def find_in_package(file: str) -> Path | None:
 
 def converted(gguf: Path, cache: Path) -> Path:
     """The GGUF file as a Hugging Face folder in float32, `cache`/reference/<stem>-<hash>."""
-    digest = hashlib.file_digest(gguf.open("rb"), "sha256").hexdigest()
+    with open(gguf, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     if folder.is_dir():
         return folder

@@ -38,7 +38,9 @@ def rehearse(config: Config, reference) -> Rehearsal:
     stop, end = config.train.steps, config.last_step
     corpus, name = identify(config, Origin.of(reference))
     told = config.paths.runs / name / "recorded.json"
-    if not told.is_file():
+    if told.is_file():
+        print(f"Rehearsal {name}: told from the record")
+    else:
         run = Run(config, reference)
         list(run.until(stop))
         run.save()

@@ -346,7 +346,7 @@ class Run:
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # the price of a bit-exact resume on a GPU
-        torch.manual_seed(config.run.seed)
+        checkpoint.seed_random_states(config.run.seed)
         self.model = LlamaModel(config.trained).to(self.device)
         self.loss = NextTokenLoss(self.model)
         self.optimizer = make_optimizer(self.model, config.train)
