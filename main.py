@@ -89,6 +89,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure a training step and generation against transformers, interleaved."""
+    from workflow.bench import generation, table, training_step
+
+    reference, config = open_reference(arguments)
+    rounds = arguments.rounds
+    rows = [generation(reference, 64, rounds)]
+    rows.append(training_step(reference, config.train, 1, 128, rounds))
+    print(table(rows))
+    return 0
+
+
 # --- what the commands share ----------------------------------------------------------------------
 
 
@@ -163,6 +175,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("--window", type=int, default=1024, help="tokens (default: 1024)")
     command.add_argument("--stride", type=int, help="tokens (default: the window, without overlap)")
     command.add_argument("--windows", type=int, help="score only the first so many windows of text")
+    command = add("bench", bench)
+    command.add_argument("--rounds", type=int, default=7, help="pairs of calls (default: 7)")
     return parser.parse_args(arguments)
 
 
