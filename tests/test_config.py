@@ -61,6 +61,7 @@ def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the
         ("train.warmup_steps=true", "train.warmup_steps: True does not fit"),
         ("train=3", "train: 3 does not fit"),
         ("run.device=tpu", "run.device: 'tpu' does not fit"),
+        ("run.device=cuda", "run.device is cuda, but torch finds no CUDA GPU here"),
         ("members.tiny.architecture.hidden_size=33", "hidden_size 33 is not divisible"),
         ("train.model=nope", "train.model is 'nope', which is no row of members: SmolLM2-135M"),
         ("train.model=small", "vocab_size 49152, the tokenizer of 'tiny' has 257"),
@@ -69,7 +70,8 @@ def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the
         ("nonsense", "--set nonsense: this is not key=value"),
     ],
 )
-def test_a_wrong_setting_is_one_line_with_key_value_and_mend(override, words):
+def test_a_wrong_setting_is_one_line_with_key_value_and_mend(override, words, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         load_config(YAML, "ci", [override])
     assert "\n" not in str(caught.value)

@@ -72,6 +72,13 @@ def test_one_changed_weight_is_found_and_named(config, lively):
     assert not rungs["tensors that differ"].holds
 
 
+def test_a_logit_that_is_no_number_fails(config, lively):
+    model = proof.copy_reference(lively)
+    with torch.no_grad():
+        model.embed_tokens.weight[300 % 257] = float("nan")
+    assert "largest logit difference" in failing(proof.verify(model, lively, config.proof))
+
+
 def test_the_prompts_are_of_different_kinds():
     assert len(proof.PROMPTS) == len({kind for kind, _ in proof.PROMPTS}) == 20
 

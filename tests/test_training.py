@@ -125,6 +125,20 @@ def test_a_run_opened_again_in_the_same_process_goes_on(config, reference, tmp_p
     assert losses(finished(again, 20)) == losses(straight)
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_written_anew(config, reference, tmp_path):
+    straight = finished(Run(beside(tmp_path), reference), 20)
+    run = finished(Run(config, reference), 20)
+    run.save()
+    path = run.checkpoint(20)
+    run.close()
+    path.write_bytes(path.read_bytes()[:-1])
+    run = Run(config, reference)
+    assert run.step == 10
+    finished(run, 20).save()
+    assert run.weights_sha256() == straight.weights_sha256()
+    assert checkpoint.load(path)["step"] == 20
+
+
 def test_a_run_killed_between_checkpoints_repeats_the_steps_since(config, reference, tmp_path):
     straight = finished(Run(beside(tmp_path), reference), 20)
     run = Run(config, reference)

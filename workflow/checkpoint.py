@@ -75,19 +75,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
     state = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
     unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
-        with open(
-            unfinished, "wb"
-        ) as file:  # a file object: with a path, torch.save would store its name
+        with open(unfinished, "wb") as file:  # given a path, torch.save would store its name
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         check_archive(unfinished)
         os.replace(unfinished, path)
         sync_folder(path.parent)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # torch's zip writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # of a full disk, torch makes a RuntimeError
         raise disk_error(path, state, error) from error
     finally:
         unfinished.unlink(missing_ok=True)
@@ -95,16 +90,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def disk_error(path: Path, state: dict[str, Any], error: Exception) -> DiskError:
-    needed, free = state_bytes(state), shutil.disk_usage(path.parent).free
-    room = f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-    what = f"it cannot be written ({error}), {room}"
+    needed, free = state_bytes(state) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+    what = f"it cannot be written ({error}), it takes {needed:.1f} MB, {free:.1f} MB are free"
     return DiskError(path, what, "free some room or set paths.checkpoints")
 
 
@@ -134,24 +126,19 @@ def load(path: Path) -> dict[str, Any]:
     Raises CheckpointError, before anything is used, for all that is not whole.
     """
     if not path.is_file():
-        raise CheckpointError(
-            path, "there is no such file", f"choose one of those in {path.parent}"
-        )
+        raise CheckpointError(path, "there is no such file", f"look in {path.parent}")
     check_archive(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling a file that is not ours can fail in any way
-        reason = str(error).strip().splitlines()[0][:120]
-        raise CheckpointError(
-            path, f"it is not a checkpoint of this project ({reason})", "choose another"
-        ) from None
+        what = f"it is not a checkpoint of this project ({type(error).__name__})"
+        raise CheckpointError(path, what, "choose another") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(path, "it is not a checkpoint of this project", "choose another")
     wrong = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     if wrong:
-        raise CheckpointError(
-            path, f"it lacks {', '.join(wrong)}", "it cannot be resumed, choose another"
-        )
+        what = f"it lacks {', '.join(wrong)}"
+        raise CheckpointError(path, what, "it cannot be resumed, choose another")
     if state["format_version"] != FORMAT_VERSION:
         what = f"its format is version {state['format_version']}, this code reads {FORMAT_VERSION}"
         raise CheckpointError(path, what, "use the release that wrote it")
@@ -171,6 +158,15 @@ def check_archive(path: Path) -> None:
         raise CheckpointError(path, f"it is damaged or no checkpoint ({error})", do) from None
     if damaged:
         raise CheckpointError(path, f"record {damaged} is damaged", do)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is an undamaged archive."""
+    try:
+        check_archive(path)
+    except (CheckpointError, FileNotFoundError):
+        return False
+    return True
 
 
 def differences(saved: Any, now: Any, name: str) -> Iterator[str]:
@@ -261,23 +257,20 @@ def restore_random_states(states: dict[str, Any]) -> None:
     Raises KeyError when one is missing; those of GPUs that are not here are passed over.
     """
     kind, keys, position, has_gauss, gauss = states["numpy"]
-    python = states["python"]
+    keys = keys.numpy().astype(np.uint32)
+    random.setstate(states["python"])
     torch.set_rng_state(states["torch"])
-    np.random.set_state(
-        (kind, keys.numpy().astype(np.uint32), int(position), int(has_gauss), gauss)
-    )
-    random.setstate(python)
+    np.random.set_state((kind, keys, int(position), int(has_gauss), gauss))
     if len(states["cuda"]) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What bit-exact resume depends on, beside the checkpoint."""
+    gpu = device.type == "cuda"
     return {
         "torch": str(torch.__version__),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.machine(),
+        "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
         "threads": torch.get_num_threads(),
     }
 
@@ -291,9 +284,8 @@ def lock(folder: Path) -> BinaryIO:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+b")
     except OSError as error:
-        raise DiskError(
-            folder, f"it cannot be written ({error.strerror})", "set paths.checkpoints"
-        ) from None
+        what = f"it cannot be written ({error.strerror})"
+        raise DiskError(folder, what, "set paths.checkpoints") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -76,8 +76,7 @@ def load_corpus(
     """Reads, tokenises and splits a text.
 
     The token file in `cache` is keyed by text and tokenizer, and made once. The held-out part is
-    the end of the stream; it starts where a document does, if one starts
-    there.
+    the end of the stream; it starts where a document does, if one starts there.
     Raises DataError when either part is shorter than one sequence and its last target.
     """
     text, text_sha256 = read_text(path)
@@ -100,25 +99,19 @@ def load_corpus(
 
 def read_text(path: Path) -> tuple[str, str]:
     """A text file and the sha256 of its bytes. Raises DataError for all that is no UTF-8 text."""
+    do = "name a text file: --set data.text=FILE"
     if not path.exists():
-        raise DataError(path, "there is no such file", "name a text file: --set data.text=FILE")
+        raise DataError(path, "there is no such file", do)
     if not path.is_file():
-        raise DataError(
-            path,
-            "this is a folder or a device, not a file",
-            "name a text file: --set data.text=FILE",
-        )
+        raise DataError(path, "this is a folder or a device, not a file", do)
     raw = path.read_bytes()
     try:
         text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise DataError(
-            path, f"byte {error.start} is not UTF-8", "save the file as UTF-8"
-        ) from None
+        what = f"byte {error.start} is not UTF-8"
+        raise DataError(path, what, "save the file as UTF-8") from None
     if "\0" in text:
-        raise DataError(
-            path, f"character {text.index(chr(0))} is a NUL: this is no text", "name a text file"
-        )
+        raise DataError(path, f"character {text.index(chr(0))} is a NUL: this is no text", do)
     if not text.strip():
         raise DataError(path, "the file is empty", "give a longer text")
     return text, hashlib.sha256(raw).hexdigest()
@@ -170,11 +163,10 @@ def batch_at(
 def sequence_start(total: int, n: int, sequence_length: int, seed: int) -> int:
     """Where in the stream of all epochs the n-th sequence of a run starts."""
     epoch = n * sequence_length // total
-    first = -(
-        -epoch * total // sequence_length
-    )  # rounded up: the first sequence that starts in this epoch
-    count = -(-(epoch + 1) * total // sequence_length) - first
-    return (first + int(shuffled(count, seed, epoch)[n - first])) * sequence_length
+    # the first sequence that starts in this epoch, and in the next
+    first, after = (-(-e * total // sequence_length) for e in (epoch, epoch + 1))
+    place = first + int(shuffled(after - first, seed, epoch)[n - first])
+    return place * sequence_length
 
 
 @functools.lru_cache(maxsize=2)
@@ -187,7 +179,6 @@ def validation_batches(tokens: np.ndarray, most: int, batch_size: int, sequence_
     count = min(most, len(tokens) - 1) // sequence_length
     for first in range(0, count, batch_size):
         starts = np.arange(first, min(first + batch_size, count)) * sequence_length
-        rows = torch.from_numpy(
-            tokens[starts[:, None] + np.arange(sequence_length + 1)].astype(np.int64)
-        )
+        places = starts[:, None] + np.arange(sequence_length + 1)
+        rows = torch.from_numpy(tokens[places].astype(np.int64))
         yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()

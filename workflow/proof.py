@@ -6,6 +6,7 @@ was set before the figures were seen, or greedy tokens, which are either the sam
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,21 @@ class Rung:
 
     name: str
     figure: float | int
-    bound: str
-    holds: bool
+    sign: str  # "=" or "<="
+    bound: float | int
     detail: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.figure == self.bound if self.sign == "=" else self.figure <= self.bound
+
+    def __str__(self) -> str:
+        figure = f"{self.figure:.2e}" if isinstance(self.figure, float) else str(self.figure)
+        verdict = "holds" if self.holds else "FAILS"
+        detail = f"  ({self.detail})" if self.detail else ""
+        return (
+            f"{self.name:<34}{figure:>12}  {self.sign + ' ' + str(self.bound):<14}{verdict}{detail}"
+        )
 
 
 @dataclass(frozen=True)
@@ -114,90 +127,92 @@ def count(tensors: dict[str, Tensor]) -> int:
 def verify(model: LlamaModel, reference: Reference, settings: ProofSettings) -> list[Rung]:
     """From counts to greedy text, stopping at nothing; both models in float32 on the CPU."""
     ours, theirs = hf_state_dict(model), reference.state_dict
+    names = sorted(ours.keys() | theirs.keys())
     unequal = [
-        name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])
+        name
+        for name in names
+        if not (name in ours and name in theirs and torch.equal(ours[name], theirs[name]))
     ]
-    prompts = [encode(reference, text) for _, text in PROMPTS]
-    checks = []
-    for place, (kind, _) in enumerate(PROMPTS):
-        generated = place < settings.generated_on_both_sides
-        checks.append(
-            check_prompt(model, reference, kind, prompts[place], settings.new_tokens, generated)
-        )
-        print(checks[-1])
-    sides = {side: [check for check in checks if check.generated == side] for side in (True, False)}
+    checks = check_prompts(model, reference, settings)
     worst = max(checks, key=lambda check: check.logit_difference)
-    long = prompts[[kind for kind, _ in PROMPTS].index("300 tokens")]
-    loss = abs(
-        next_token_loss(model(long), long) - next_token_loss(reference.model(long).logits, long)
-    )
-    bound = settings.max_logit_difference
+    both = [check for check in checks if check.generated]
+    judged = [check for check in checks if not check.generated]
+    long = encode(reference, LONG_PROMPT)
+    losses = [next_token_loss(side, long) for side in (model(long), reference.model(long).logits)]
+    loss, length = abs(losses[0] - losses[1]), settings.new_tokens
     return [
-        Rung("parameters", count(ours), f"= {count(theirs)}", count(ours) == count(theirs)),
-        Rung(
-            "tensors that differ",
-            len(unequal),
-            "= 0",
-            not unequal and len(ours) == len(theirs),
-            ", ".join(unequal[:3]),
-        ),
+        Rung("parameters", count(ours), "=", count(theirs)),
+        Rung("tensors that differ", len(unequal), "=", 0, ", ".join(unequal[:3])),
         Rung(
             "largest logit difference",
             worst.logit_difference,
-            f"<= {bound:g}",
-            worst.logit_difference <= bound,
+            "<=",
+            settings.max_logit_difference,
             worst.kind,
         ),
-        Rung(
-            "loss difference",
-            loss,
-            f"<= {MAX_LOSS_DIFFERENCE:g}",
-            loss <= MAX_LOSS_DIFFERENCE,
-            "nats a token",
-        ),
-        greedy_rung("greedy, generated on both sides", sides[True], settings.new_tokens),
-        greedy_rung("greedy, judged by the reference", sides[False], settings.new_tokens),
+        Rung("loss difference", loss, "<=", MAX_LOSS_DIFFERENCE, "nats a token, 300 tokens"),
+        greedy_rung("greedy, generated on both sides", both, length),
+        greedy_rung("greedy, judged by the reference", judged, length),
     ]
 
 
+def check_prompts(
+    model: LlamaModel, reference: Reference, settings: ProofSettings
+) -> list[PromptCheck]:
+    """Every prompt on both sides, each printed when it is done.
+
+    Ours continues the first prompts one by one, since the reference generates them too, and the
+    others in one left-padded batch, which is faster and must come to the same.
+    """
+    alone, length = settings.generated_on_both_sides, settings.new_tokens
+    prompts = [encode(reference, text) for _, text in PROMPTS]
+    texts = [model.generate(prompt, length) for prompt in prompts[:alone]]
+    texts += generate_together(model, prompts[alone:], length)
+    checks = []
+    for place, ((kind, _), prompt, text) in enumerate(zip(PROMPTS, prompts, texts, strict=True)):
+        checks.append(check_prompt(model, reference, kind, prompt, text, place < alone))
+        print(checks[-1])
+    return checks
+
+
+def generate_together(model: LlamaModel, prompts: list[Tensor], new_tokens: int) -> list[Tensor]:
+    """The greedy texts (1, T + n) of prompts (1, T) of different lengths, as one batch."""
+    longest = max((prompt.shape[1] for prompt in prompts), default=0)
+    gaps = [longest - prompt.shape[1] for prompt in prompts]
+    if not prompts:
+        return []
+    batch = torch.cat([F.pad(prompt, (gap, 0)) for prompt, gap in zip(prompts, gaps, strict=True)])
+    mask = torch.arange(longest) >= torch.tensor(gaps)[:, None]
+    texts = model.generate(batch, new_tokens, mask=mask)
+    return [text[None, gap:] for text, gap in zip(texts, gaps, strict=True)]
+
+
 def check_prompt(
-    model: LlamaModel,
-    reference: Reference,
-    kind: str,
-    prompt: Tensor,
-    new_tokens: int,
-    generated: bool,
+    model: LlamaModel, reference: Reference, kind: str, prompt: Tensor, text: Tensor, generate: bool
 ) -> PromptCheck:
-    """Continues `prompt` (1, T) greedily, and compares logits and choices over all of it.
+    """Compares logits and choices over `text` (1, T + n), our greedy continuation of `prompt`.
 
     That transformers' argmax equals our continuation at every place proves that it would have
-    generated the same.
+    generated the same; with `generate` it does generate.
     """
-    text = model.generate(prompt, new_tokens)
     theirs = reference.model(text).logits
-    difference = (model(text) - theirs).abs().max().item()
-    continuation = text[:, prompt.shape[1] :]
-    chosen = theirs[:, prompt.shape[1] - 1 : -1].argmax(dim=-1)
-    if generated:  # without stop tokens, as ours
+    difference = (model(text) - theirs).abs().nan_to_num(nan=math.inf).max().item()
+    T, continuation = prompt.shape[1], text[:, prompt.shape[1] :]
+    chosen = theirs[:, T - 1 : -1].argmax(dim=-1)
+    if generate:  # without stop tokens, as ours
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": reference.end_of_text}
-        mask = torch.ones_like(prompt)
+        mask, new_tokens = torch.ones_like(prompt), continuation.shape[1]
         full = reference.model.generate(
             prompt, attention_mask=mask, max_new_tokens=new_tokens, **options
         )
-        chosen = full[:, prompt.shape[1] :]
+        chosen = full[:, T:]
     agreeing = int((chosen == continuation).sum()) if chosen.shape == continuation.shape else 0
-    return PromptCheck(kind, prompt.shape[1], difference, agreeing, generated)
+    return PromptCheck(kind, T, difference, agreeing, generate)
 
 
 def greedy_rung(name: str, checks: list[PromptCheck], new_tokens: int) -> Rung:
-    agreeing, asked = sum(check.agreeing for check in checks), new_tokens * len(checks)
-    return Rung(
-        name,
-        agreeing,
-        f"= {asked} tokens",
-        agreeing == asked,
-        f"{len(checks)} prompts × {new_tokens}",
-    )
+    agreeing, detail = sum(check.agreeing for check in checks), f"{len(checks)} prompts"
+    return Rung(name, agreeing, "=", new_tokens * len(checks), f"tokens of {detail}")
 
 
 def encode(reference: Reference, text: str) -> Tensor:
@@ -220,10 +235,5 @@ def reference_loss(reference: Reference, inputs: Tensor, targets: Tensor) -> flo
 
 def table(rungs: list[Rung]) -> str:
     """The ladder as a table for people."""
-    lines = [f"{'rung':<34}{'figure':>12}  {'bound':<16}verdict"]
-    for rung in rungs:
-        figure = f"{rung.figure:.2e}" if isinstance(rung.figure, float) else str(rung.figure)
-        verdict = "holds" if rung.holds else "FAILS"
-        detail = f"  ({rung.detail})" if rung.detail else ""
-        lines.append(f"{rung.name:<34}{figure:>12}  {rung.bound:<16}{verdict}{detail}")
-    return "\n".join(lines)
+    head = f"{'rung':<34}{'figure':>12}  {'bound':<14}verdict"
+    return "\n".join([head, *map(str, rungs)])

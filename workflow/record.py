@@ -78,8 +78,9 @@ class Record:
         return next(texts, None)
 
     def flush(self) -> None:
-        self._file.flush()
-        self._board.flush()
+        if not self._file.closed:
+            self._file.flush()
+            self._board.flush()
 
     def close(self) -> None:
         self._file.close()

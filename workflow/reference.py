@@ -129,7 +129,7 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
     if source in ("auto", "hub"):
         try:
             folder = from_hub(member)
-            return folder, "hub", member.hub_id, f"revision {member.revision}"
+            return folder, "hub", member.hub_id, f"revision {folder.name}"  # the commit
         except SourceError as error:
             if source == "hub":
                 raise
@@ -157,8 +157,8 @@ def from_hub(member: Member) -> Path:
     wanted = {"repo_id": member.hub_id, "revision": member.revision, "allow_patterns": HUB_FILES}
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if {"config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()} and any(
-            folder.glob("*.safetensors")
+        if all(
+            any(folder.glob(file)) for file in ("config.json", "tokenizer.json", "*.safetensors")
         ):
             return folder
     except LocalEntryNotFoundError:
@@ -177,8 +177,7 @@ def from_hub(member: Member) -> Path:
 def probe(url: str, seconds: float = PROBE_SECONDS) -> str | None:
     """None if `url` answers well within `seconds`, else what is wrong, in words.
 
-    In a thread, since a name that does not resolve can hang for longer than any timeout of a
-    socket.
+    In a thread, since a name that does not resolve can outlast any timeout of a socket.
     """
     outcome = [f"it did not answer within {seconds:g} s"]
 

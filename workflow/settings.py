@@ -150,6 +150,8 @@ class Config(Section):
         longest = max(train.sequence_length, few.sequence_length)
         if longest > context:
             raise ValueError(f"sequence_length {longest} exceeds max_position_embeddings {context}")
+        if self.run.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
         if few.save_at >= few.steps:
             raise ValueError(f"rehearsal.save_at {few.save_at} is not below steps {few.steps}")
         return self

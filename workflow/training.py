@@ -54,13 +54,8 @@ class Origin:
     @classmethod
     def of(cls, reference) -> Origin:
         """Of a `workflow.reference.Reference`."""
-        provenance = asdict(reference.provenance)
-        return cls(
-            reference.tokenizer.backend_tokenizer,
-            reference.end_of_text,
-            provenance,
-            reference.state_dict,
-        )
+        tokenizer, provenance = reference.tokenizer.backend_tokenizer, asdict(reference.provenance)
+        return cls(tokenizer, reference.end_of_text, provenance, reference.state_dict)
 
     @classmethod
     def saved(cls, folder: Path, state: dict[str, Any]) -> Origin:
@@ -93,8 +88,7 @@ class Run:
     Takes up the newest whole checkpoint of its folder, saying so, or starts at step 0. `step`
     counts updates done; `history` holds the record's rows, `corpus` the data, `model` the model.
     One process at a time may hold a run.
-    Raises WorkflowError (CheckpointError, DataError, BusyError, DiskError) when it cannot go on
-    exactly.
+    Raises CheckpointError, DataError, BusyError or DiskError when it cannot go on exactly.
     """
 
     def __init__(self, config: Config, reference):
@@ -120,7 +114,7 @@ class Run:
         run = cls.__new__(cls)
         run._open(config, Origin.saved(path.parent, state), path.parent.name)
         print(f"Loaded {path.name}")
-        if max(checkpoint.found(path.parent)) > asked:
+        if max(checkpoint.found(path.parent), default=asked) > asked:
             path, state = checkpoint.newest(path.parent)
             print(f"It has been resumed already: the record goes on to {path.name}")
         run._restore(path, state)
@@ -174,9 +168,8 @@ class Run:
         if self.step >= target and file.is_file():
             return Trace.read(file)
         if self.step >= target:
-            raise CheckpointError(
-                file, "this run was not carried on before its resume", "start anew with FRESH=1"
-            )
+            what = "this run was not carried on before its resume"
+            raise CheckpointError(file, what, "start anew beside it with FRESH=1")
         self._unlogged, first = True, self.step + 1
         losses = tuple(self._update()["loss"] for _ in range(self.step, target))
         trace = Trace(first, losses, self.weights_sha256())
@@ -191,12 +184,9 @@ class Run:
         return Trace(first_step, losses, self.weights_sha256())
 
     def save(self) -> None:
-        """Writes `checkpoint_<step>.pt`.
-
-        One that is there is this very state, and is left alone.
-        """
+        """Writes `checkpoint_<step>.pt`; one that is there and whole is this very state."""
         path = self.checkpoint(self.step)
-        if not path.exists():
+        if not checkpoint.is_whole(path):
             self.record.flush()
             checkpoint.save(path, self._state())
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
