@@ -139,7 +139,7 @@ class Run:
         self._forecast(target)
         options = {"total": target - start, "initial": self.step - start, "mininterval": 2.0}
         title, first = ("Resume " if self.resumed_at else "") + "Training", self.step
-        bar = tqdm(desc=title, file=sys.stdout, **options)
+        self._bar = bar = tqdm(desc=title, file=sys.stdout, **options)
         try:
             while self.step < target:
                 row = self._update()
@@ -157,6 +157,7 @@ class Run:
                     self.save()
         finally:
             bar.close()
+            self._bar = None
             self.record.flush()
 
     def carry_on(self, target: int) -> Trace:
@@ -196,8 +197,10 @@ class Run:
     def sample(self, prompt: str) -> str:
         """`prompt` with its continuation, logged at this step.
 
-        Touches no random state but its own.
+        Touches no random state but its own. Takes the bar off the line that will be printed on.
         """
+        if self._bar is not None and not self._bar.disable:
+            self._bar.clear()
         told = self.record.sample(self.step, prompt)
         if told is not None:
             return told
@@ -322,7 +325,7 @@ class Run:
     def _open(self, config: Config, origin: Origin, name: str | None = None) -> None:
         """Everything but weights, moments and step: data, folders, lock, unfilled objects."""
         self.config, self.origin, self.device = config, origin, config.device
-        self.resumed_at, self._unlogged = None, False
+        self.resumed_at, self._unlogged, self._bar = None, False, None
         self.corpus, auto_name = identify(config, origin)
         self.name = name or auto_name
         self.checkpoints = config.paths.checkpoints / self.name
