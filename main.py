@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from workflow import WorkflowError
@@ -44,7 +46,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def resume(arguments: argparse.Namespace) -> int:
-    """Resume CHECKPOINT in fresh objects, and go on for train.resume_steps."""
+    """Resume CHECKPOINT in fresh objects, up to train.steps + train.resume_steps."""
     from workflow.training import Run
 
     config = configure(arguments)
@@ -56,20 +58,17 @@ def generate(arguments: argparse.Namespace) -> int:
     import torch
 
     model, tokenizer, config = open_model(arguments)
-    ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
-    generator = torch.Generator().manual_seed(config.run.seed)
-    prompt, shown = torch.tensor([ids], dtype=torch.long), ""
-    try:
-        for token in model.stream(
-            prompt, arguments.tokens, arguments.temperature, generator=generator
-        ):
+    generator, shown = torch.Generator().manual_seed(config.run.seed), ""
+    with refused("generate", "change the prompt or --tokens"):
+        ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
+        prompt = torch.tensor([ids], dtype=torch.long)
+        options = {"temperature": arguments.temperature, "generator": generator}
+        for token in model.stream(prompt, arguments.tokens, **options):
             ids.append(token.item())
             text = tokenizer.decode(ids, skip_special_tokens=False)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for more
                 print(text.removeprefix(shown), end="", flush=True)
                 shown = text
-    except ValueError as error:
-        raise WorkflowError("generate", str(error), "change the prompt or --tokens") from None
     print()
     return 0
 
@@ -84,7 +83,11 @@ def evaluate(arguments: argparse.Namespace) -> int:
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
     if arguments.windows:
         tokens = tokens[: arguments.windows * arguments.window]
-    result = score(model, tokens, arguments.window, arguments.stride)
+    context = model.config.max_position_embeddings
+    with refused("evaluate", "change --window, --stride or the text"):
+        if arguments.window > context:
+            raise ValueError(f"window {arguments.window} exceeds the model's context of {context}")
+        result = score(model, tokens, arguments.window, arguments.stride)
     print(f"{arguments.data} (sha256 {digest[:12]}…): {result}")
     return 0
 
@@ -99,6 +102,15 @@ def bench(arguments: argparse.Namespace) -> int:
     rows.append(training_step(reference, config.train, 1, 128, rounds))
     print(table(rows))
     return 0
+
+
+@contextmanager
+def refused(where: str, do: str) -> Iterator[None]:
+    """What the model or the tokenizer refuses, as one line for the user."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise WorkflowError(where, str(error), do) from error
 
 
 # --- what the commands share ----------------------------------------------------------------------
@@ -129,12 +141,15 @@ def open_model(arguments: argparse.Namespace):
 
 
 def run_until(run, target: int) -> int:
-    """The loop of the notebook, then a checkpoint."""
-    for step in run.until(target):
-        if step % run.config.sample.every == 0:
-            print(f"=== Generation @ step {step} ===\n{run.sample(run.config.sample.prompt)}")
-    run.save()
-    run.close()
+    """The loop of the notebook, then a checkpoint; after Ctrl-C, too."""
+    try:
+        for step in run.until(target):
+            if step % run.config.sample.every == 0:
+                print(f"=== Generation @ step {step} ===\n{run.sample(run.config.sample.prompt)}")
+    except KeyboardInterrupt:
+        run.hand_over()
+        raise
+    run.hand_over()
     return 0
 
 

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from SmolLm3 import weights_sha256
 from workflow import bench
 
 
@@ -21,10 +22,12 @@ def test_the_ratio_is_the_median_of_pairs_and_above_1_when_ours_is_faster():
     assert str(row) == "| x | 50.0 | 50.0 | 1.25 (1.00 to 2.00) |"
 
 
-def test_both_models_take_the_same_step(config, reference):
+def test_the_table_has_a_row_for_each_and_the_reference_stays_as_it_was(config, reference):
+    before = weights_sha256(reference.state_dict)
     torch.manual_seed(0)
     row = bench.training_step(reference, config.train, 2, 16, rounds=2)
     assert row.tokens == 32
+    assert weights_sha256(reference.state_dict) == before
     assert "training step, 2 × 16 tokens" in bench.table([row])
     assert re.search(r"\| \d+\.\d{2} \(", bench.table([bench.generation(reference, 4, 2)]))
 

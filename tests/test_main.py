@@ -1,6 +1,12 @@
 """The commands, their sentences and their exit codes, each as a real process."""
 
+import fcntl
+import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -18,7 +24,7 @@ def checkpoints(story) -> dict[str, bytes]:
 def test_help_names_every_command(command):
     result = command("--help")
     assert result.returncode == 0
-    for name in ("run", "verify", "train", "resume", "generate", "evaluate"):
+    for name in ("run", "verify", "train", "resume", "generate", "evaluate", "bench"):
         assert re.search(rf"^    {name} +\w", result.stdout, re.MULTILINE)
     assert max(map(len, result.stdout.splitlines())) <= 80
 
@@ -81,6 +87,11 @@ def test_a_checkpoint_generates_and_is_evaluated_with_its_own_weights(command, s
     ("arguments", "code", "words"),
     [
         (["--set", "train.stepz=1"], 2, "train.stepz: there is no such key; did you mean steps?"),
+        (
+            ["--set", "profile=cpu"],
+            2,
+            "--set profile=cpu: this is no setting; choose with --profile",
+        ),
         (["--set", "train.steps=many"], 2, "train.steps: 'many' does not fit"),
         (
             ["--profile", "huge"],
@@ -123,9 +134,42 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(command, story):
     assert "there is no such file" in absent.stderr
 
 
-def test_a_folder_in_use_is_refused_naming_the_process(command, story):
-    import fcntl
+def start_training(story, *settings: str) -> subprocess.Popen:
+    """`python main.py train` in the background, returned when it has done 100 steps."""
+    process = subprocess.Popen(
+        [sys.executable, "main.py", "train", *options(*settings)],
+        cwd=story,
+        env=os.environ | {"SMOLLM_PROFILE": "ci"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any("Step: 100," in line for line in process.stdout)
+    return process
 
+
+def recorded(story, folder: str = "runs") -> list[float]:
+    (file,) = story.glob(f"{folder}/ci-*/metrics.jsonl")
+    return [row["loss"] for row in map(json.loads, file.read_text().splitlines()) if "loss" in row]
+
+
+def test_killed_or_interrupted_and_run_again_every_loss_is_that_of_a_run_left_alone(command, story):
+    settings = ("train.steps=400", "train.checkpoint_every=50")
+    killed = start_training(story, *settings)
+    killed.kill()
+    killed.communicate()
+    interrupted = start_training(story, *settings)
+    interrupted.send_signal(signal.SIGINT)
+    _, errors = interrupted.communicate()
+    assert (interrupted.returncode, errors) == (130, "")
+    assert command("train", *options(*settings)).returncode == 0
+    alone = command("train", *options(*settings, "paths.checkpoints=a", "paths.runs=a"))
+    assert alone.returncode == 0, alone.stderr
+    assert len(recorded(story)) == 400
+    assert recorded(story) == recorded(story, "a")
+
+
+def test_a_folder_in_use_is_refused_naming_the_process(command, story):
     command("train", *options(*SHORT))
     (folder,) = story.glob("checkpoints/*")
     with open(folder / ".lock", "r+b") as held:

@@ -1,5 +1,7 @@
 """What a run leaves to look at."""
 
+import time
+
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from workflow.record import Record, Trace
@@ -14,11 +16,13 @@ def test_a_record_taken_up_is_cut_back_to_its_step_in_both_places(tmp_path):
     for row in rows(1, 31):
         record.add(row)
     record.close()  # killed at 30; the newest checkpoint is of step 20
+    time.sleep(1.1)  # TensorBoard orders files by the second in their names
     record = Record(tmp_path, 20)
     assert record.rows == rows(1, 21)
     for row in rows(21, 26):
         record.add(row)
     record.close()
+    time.sleep(1.1)
     assert Record(tmp_path, 25).rows == rows(1, 26)
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
     points = [(event.step, event.value) for event in events.Scalars("loss/train")]
@@ -35,11 +39,13 @@ def test_half_a_line_left_by_a_kill_is_passed_over(tmp_path):
     assert Record(tmp_path, 5).rows == [{"step": 1, "loss": 2.0}]
 
 
-def test_a_start_at_step_0_has_an_empty_record(tmp_path):
+def test_a_start_at_step_0_has_an_empty_record_and_keeps_the_old_one(tmp_path):
     record = Record(tmp_path, 0)
-    record.add({"step": 0, "validation_loss": 2.0})
+    record.add({"step": 1, "loss": 2.0})
     record.close()
     assert Record(tmp_path, 0).rows == []
+    (kept,) = tmp_path.glob("metrics-until-*.jsonl")
+    assert kept.read_text() == '{"step": 1, "loss": 2.0}\n'
 
 
 def test_a_sample_is_found_by_step_and_prompt(tmp_path):

@@ -1,5 +1,9 @@
 """The run: a stop leaves no trace, and nothing is trained twice."""
 
+import shutil
+import signal
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -74,6 +78,108 @@ def test_carrying_on_and_resuming_give_the_same_trace(config, reference, capsys)
         "Saved checkpoint_25.pt",
     ):
         assert words in printed
+
+
+UPDATE = Run._update
+
+
+class Interrupt:
+    """Stands in for `Run._update`, and is interrupted once, at a step."""
+
+    def __init__(self, step: int):
+        self.step, self.done = step, False
+
+    def __get__(self, run, kind):
+        def update():
+            if run.step == self.step and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+            return UPDATE(run)
+
+        return update
+
+
+@pytest.mark.parametrize("step", [3, 22])
+def test_carrying_on_and_resuming_go_on_after_an_interrupt(config, reference, monkeypatch, step):
+    """Each cell of the notebook is interrupted once, and everything is run again."""
+    monkeypatch.setattr(Run, "_update", Interrupt(step))
+    run = Run(config, reference)
+    with pytest.raises(KeyboardInterrupt) if step == 3 else nullcontext():
+        finished(run, 20)
+    finished(run, 20).save()
+    if step == 22:
+        with pytest.raises(KeyboardInterrupt):
+            run.carry_on(25)
+        run.save()  # the cell before, run again: there is nothing to save
+        assert sorted(checkpoint.found(run.checkpoints)) == [10, 20]
+    never_stopped = run.carry_on(25)
+    run.close()
+    assert (never_stopped.first_step, len(never_stopped.losses)) == (21, 5)
+
+    monkeypatch.setattr(Run, "_update", Interrupt(23))
+    run = Run.resume(run.checkpoint(20), config)
+    with pytest.raises(KeyboardInterrupt):
+        finished(run, 25)
+    run = Run(config, reference)  # Run All
+    assert run.step == 23
+    assert run.carry_on(25) == never_stopped
+    run.close()
+    run = finished(Run.resume(run.checkpoint(20), config), 25)
+    assert run.trace(21) == never_stopped
+
+
+def test_a_real_interrupt_waits_until_the_update_is_done_and_recorded(config, reference):
+    run = Run(config, reference)
+    update = run._update
+
+    def pressed():
+        if run.step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return update()
+
+    run._update = pressed
+    with pytest.raises(KeyboardInterrupt):
+        finished(run, 20)
+    assert run.step == len(losses(run)) == 5
+
+
+def test_a_closed_run_says_so(config, reference):
+    run = finished(Run(config, reference), 3)
+    run.close()
+    run.close()
+    with pytest.raises(CheckpointError, match="this run is closed"):
+        run.sample("Once")
+    with pytest.raises(CheckpointError, match="this run is closed"):
+        finished(run, 20)
+    run.save()
+    assert checkpoint.found(run.checkpoints) == []
+
+
+def test_a_checkpoint_elsewhere_does_not_touch_the_run(config, reference, tmp_path):
+    run = finished(Run(config, reference), 10)
+    run.save()
+    run.close()
+    copy = shutil.copytree(run.checkpoints, tmp_path / "backup" / run.name) / "checkpoint_10.pt"
+    with pytest.raises(CheckpointError, match=r"--set paths\.checkpoints="):
+        Run.resume(copy, config)
+
+
+def test_what_a_kill_left_half_written_is_removed(config, reference, capsys):
+    run = Run(config, reference)
+    (run.checkpoints / "checkpoint_5.pt.tmp.123").write_bytes(b"half")
+    run.close()
+    Run(config, reference).close()
+    assert "Removed checkpoint_5.pt.tmp.123" in capsys.readouterr().out
+    assert not list(run.checkpoints.glob("*.tmp.*"))
+
+
+def test_weights_that_are_not_finite_are_not_saved(config, reference):
+    run = finished(Run(config, reference), 3)
+    with torch.no_grad():
+        run.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match="they are not saved"):
+        run.save()
+    assert checkpoint.found(run.checkpoints) == []
 
 
 def test_run_again_after_the_end_nothing_is_trained(config, reference, capsys, monkeypatch):

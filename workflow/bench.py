@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import platform
 import statistics
@@ -63,7 +64,7 @@ def training_step(
     """One update of each model from the same weights, with the same tokens, loss and optimizer."""
     model = LlamaModel(reference.config)
     load_hf_weights(model, reference.state_dict)
-    theirs = reference.model.requires_grad_(True)
+    theirs = copy.deepcopy(reference.model).requires_grad_(True)
     tokens = torch.randint(reference.config.vocab_size, (batch_size, length + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     loss = NextTokenLoss(model)

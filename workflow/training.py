@@ -16,13 +16,12 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,53 +29,23 @@ from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights, weights_sha256
 
 from . import WorkflowError, checkpoint
 from .checkpoint import CheckpointError
-from .data import Corpus, batch_at, load_corpus, validation_batches
-from .record import Record, Trace
+from .data import batch_at, validation_batches
+from .origin import Origin, identify
+from .record import Record, Trace, replace_text
 from .settings import Config
-from .update import NextTokenLoss, learning_rate, load_optimizer, make_optimizer
+from .update import (
+    NextTokenLoss,
+    interrupts_deferred,
+    learning_rate,
+    load_optimizer,
+    make_optimizer,
+)
 
 
 class NonFiniteError(WorkflowError):
     """The loss or the gradient is not a number."""
 
     exit_code = 4
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What a run needs of its reference."""
-
-    tokenizer: Tokenizer
-    end_of_text: int
-    provenance: dict[str, str]  # what the weights honestly are
-    weights: Mapping[str, Tensor] | None = None  # under Hugging Face's names
-
-    @classmethod
-    def of(cls, reference) -> Origin:
-        """Of a `workflow.reference.Reference`."""
-        tokenizer, provenance = reference.tokenizer.backend_tokenizer, asdict(reference.provenance)
-        return cls(tokenizer, reference.end_of_text, provenance, reference.state_dict)
-
-    @classmethod
-    def saved(cls, folder: Path, state: dict[str, Any]) -> Origin:
-        """Of a checkpoint: a resume needs no reference."""
-        tokenizer, end = checkpoint.load_tokenizer(folder), state["tokenizer"]["end_of_text"]
-        return cls(tokenizer, end, state["reference"])
-
-
-def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
-    """The data of a run, and its name, which settings, data and weights determine."""
-    corpus = load_corpus(
-        config.data.text,
-        origin.tokenizer,
-        origin.end_of_text,
-        config.data.validation_fraction,
-        config.train.sequence_length,
-        config.paths.cache,
-    )
-    return corpus, config.run_name(
-        corpus.text_sha256, corpus.tokenizer_sha256, origin.provenance["weights_sha256"]
-    )
 
 
 _OPEN = weakref.WeakValueDictionary()  # this process's runs, by folder of checkpoints
@@ -92,14 +61,15 @@ class Run:
     """
 
     def __init__(self, config: Config, reference):
-        self._open(config, Origin.of(reference))
-        taken = checkpoint.newest(self.checkpoints)
-        if taken:
-            print(f"Run {self.name}: resuming from {taken[0].name}")
-            self._restore(*taken)
-        else:
-            print(f"Run {self.name}: starts at step 0")
-            self._start()
+        with self._closed_on_failure():
+            self._open(config, Origin.of(reference))
+            taken = checkpoint.newest(self.checkpoints)
+            if taken:
+                print(f"Run {self.name}: resuming from {taken[0].name}")
+                self._restore(*taken)
+            else:
+                print(f"Run {self.name}: starts at step 0")
+                self._start()
 
     @classmethod
     def resume(cls, path: str | Path, config: Config) -> Run:
@@ -108,17 +78,21 @@ class Run:
         When the run has gone on since, its newest checkpoint is taken instead, saying so: no step
         is trained twice.
         """
-        path = Path(path)
+        path = Path(path).resolve()
         state = checkpoint.load(path)
-        asked = state["step"]
+        folder, asked = path.parent, state["step"]
+        if folder.parent != config.paths.checkpoints.resolve():
+            do = f"put its folder there, or give --set paths.checkpoints={folder.parent}"
+            raise CheckpointError(path, f"it is not in {config.paths.checkpoints}", do)
         run = cls.__new__(cls)
-        run._open(config, Origin.saved(path.parent, state), path.parent.name)
-        print(f"Loaded {path.name}")
-        if max(checkpoint.found(path.parent), default=asked) > asked:
-            path, state = checkpoint.newest(path.parent)
-            print(f"It has been resumed already: the record goes on to {path.name}")
-        run._restore(path, state)
-        run.resumed_at = asked
+        with run._closed_on_failure():
+            run._open(config, Origin.saved(folder, state), folder.name)
+            print(f"Loaded {path.name}")
+            if max(checkpoint.found(folder), default=asked) > asked:
+                path, state = checkpoint.newest(folder)
+                print(f"The run has gone on since: its record goes to {path.name}")
+            run._restore(path, state)
+            run.resumed_at = asked
         return run
 
     @property
@@ -135,6 +109,7 @@ class Run:
         """
         if self.step >= target:
             return self._tell(target)
+        self._check_live()
         settings, start = self.config.train, self.resumed_at or 0
         self._forecast(target)
         options = {"total": target - start, "initial": self.step - start, "mininterval": 2.0}
@@ -142,8 +117,9 @@ class Run:
         self._bar = bar = tqdm(desc=title, file=sys.stdout, **options)
         try:
             while self.step < target:
-                row = self._update()
-                self.record.add(row)
+                with interrupts_deferred():
+                    row = self._update()
+                    self.record.add(row)
                 bar.update()
                 if self.step == first + 20:
                     left = bar.format_dict["elapsed"] / 20 * (target - self.step)
@@ -163,17 +139,21 @@ class Run:
     def carry_on(self, target: int) -> Trace:
         """Goes on to `target`, unlogged and unsaved: what a run does that never stops.
 
-        Close the run afterwards. The trace is kept; a run that has been at `target` reads it again.
+        Close the run afterwards. The trace is kept, and read again once it is there.
         """
         file = self.folder / "never_stopped.json"
-        if self.step >= target and file.is_file():
+        if file.is_file():
             return Trace.read(file)
-        if self.step >= target:
+        if self.step >= target and not self.carried:
             what = "this run was not carried on before its resume"
             raise CheckpointError(file, what, "start anew beside it with FRESH=1")
-        self._unlogged, first = True, self.step + 1
-        losses = tuple(self._update()["loss"] for _ in range(self.step, target))
-        trace = Trace(first, losses, self.weights_sha256())
+        if self.taken_from == self.step:
+            print(f"Note: at step {self.step} this run was itself read from a checkpoint")
+        while self.step < target:
+            with interrupts_deferred():
+                self.carried.append(self._update()["loss"])
+        first = target - len(self.carried) + 1
+        trace = Trace(first, tuple(self.carried), self.weights_sha256())
         trace.write(file)
         return trace
 
@@ -185,10 +165,16 @@ class Run:
         return Trace(first_step, losses, self.weights_sha256())
 
     def save(self) -> None:
-        """Writes `checkpoint_<step>.pt`; one that is there and whole is this very state."""
+        """Writes `checkpoint_<step>.pt`; one that is there and whole is this very state.
+
+        A run that was carried on or closed has nothing to save.
+        """
         path = self.checkpoint(self.step)
-        if not checkpoint.is_whole(path):
+        if not self.carried and self.model is not None and not checkpoint.is_whole(path):
             self.record.flush()
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                what = f"weights are not finite at step {self.step}, they are not saved"
+                raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
             checkpoint.save(path, self._state())
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
             milestones = {self.config.train.steps, self.config.last_step, self.resumed_at}
@@ -204,6 +190,7 @@ class Run:
         told = self.record.sample(self.step, prompt)
         if told is not None:
             return told
+        self._check_live()
         settings = self.config.sample
         ids = torch.tensor(
             [self.origin.tokenizer.encode(prompt, add_special_tokens=False).ids], device=self.device
@@ -224,15 +211,32 @@ class Run:
 
     def hand_over(self) -> None:
         """Saves and closes, so that a `Run` opened again, say by a cell run twice, goes on."""
-        if self.model is not None and self.step and not self._unlogged:
+        if self.step:
             self.save()
         self.close()
 
     def close(self) -> None:
         """Flushes the record and frees the lock and the tensors. A second call does nothing."""
-        self.record.close()
-        self._lock.close()
+        if self.record is not None:
+            self.record.close()
+        if self._lock is not None:
+            self._lock.close()
         self.model = self.optimizer = self.loss = None
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        self.step, self.resumed_at, self.taken_from, self.carried = 0, None, None, []
+        self.model = self.record = self._lock = self._bar = None
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_live(self) -> None:
+        if self.model is None or self.carried:
+            what = "this run is closed, or was carried on unlogged"
+            raise CheckpointError(f"run {self.name}", what, "open it again: Run(config, reference)")
 
     # --- one update ---
 
@@ -301,12 +305,11 @@ class Run:
     def _tell(self, target: int) -> None:
         """Prints the record up to `target`, as training printed it."""
         print(f"already at step {self.step}; from the record:")
-        for row in self.history:
-            if (self.resumed_at or 0) < row["step"] <= target:
-                if "sample" in row:
-                    print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
-                elif "loss" in row and (line := self._line(row)):
-                    print(line)
+        for row in self.record.between(self.resumed_at or 0, target):
+            if "sample" in row:
+                print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
+            elif "loss" in row and (line := self._line(row)):
+                print(line)
 
     def _forecast(self, target: int) -> None:
         """Prints what the steps up to `target` will take."""
@@ -325,7 +328,6 @@ class Run:
     def _open(self, config: Config, origin: Origin, name: str | None = None) -> None:
         """Everything but weights, moments and step: data, folders, lock, unfilled objects."""
         self.config, self.origin, self.device = config, origin, config.device
-        self.resumed_at, self._unlogged, self._bar = None, False, None
         self.corpus, auto_name = identify(config, origin)
         self.name = name or auto_name
         self.checkpoints = config.paths.checkpoints / self.name
@@ -334,8 +336,9 @@ class Run:
             earlier.hand_over()
         self._lock = checkpoint.lock(self.checkpoints)
         _OPEN[self.checkpoints.resolve()] = self
+        checkpoint.remove_unfinished(self.checkpoints)
         if not (self.checkpoints / "tokenizer.json").is_file():
-            origin.tokenizer.save(str(self.checkpoints / "tokenizer.json"))
+            replace_text(self.checkpoints / "tokenizer.json", origin.tokenizer.to_str())
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # the price of a bit-exact resume on a GPU
@@ -347,8 +350,8 @@ class Run:
     def _start(self) -> None:
         if self.config.train.init == "reference":
             load_hf_weights(self.model, self.origin.weights)
-        self.step = 0
-        self.record = Record(self.folder, self.step)
+        self.record = Record(self.folder, 0)
+        (self.folder / "never_stopped.json").unlink(missing_ok=True)
         self._validate()
 
     def _made_with(self) -> dict[str, Any]:
@@ -375,25 +378,16 @@ class Run:
         }
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
-        """Fills the fresh objects after everything was compared.
-
-        Raises CheckpointError; the folder is free then.
-        """
+        """Fills the fresh objects, after everything was compared. Raises CheckpointError."""
+        now, here = self._made_with(), checkpoint.environment(self.device)
+        checkpoint.compare(path, {part: state[part] for part in now}, now)
         try:
-            now = self._made_with()
-            checkpoint.compare(path, {part: state[part] for part in now}, now)
             load_optimizer(self.optimizer, state["optimizer"])
             load_hf_weights(self.model, state["model"])
             checkpoint.restore_random_states(state["random"])
-        except (CheckpointError, KeyError, ValueError, TypeError) as error:
-            self._lock.close()
-            if isinstance(error, CheckpointError):
-                raise
+        except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(path, f"it does not fit ({error})", "choose another") from error
-        here = checkpoint.environment(self.device)
         if state["environment"] != here:
-            print(
-                f"Note: saved on {state['environment']}, now on {here}: not bit-exact from here on"
-            )
-        self.step = state["step"]
+            print(f"Note: saved on {state['environment']}, now on {here}: no longer bit-exact")
+        self.step = self.taken_from = state["step"]
         self.record = Record(self.folder, self.step)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,3 +83,19 @@ def load_optimizer(optimizer: torch.optim.AdamW, saved: dict[str, Any]) -> None:
     if lacking:
         raise ValueError(f"its optimizer lacks moments of {len(lacking)} parameters")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C waits until the block is done, so that no update is half made or half recorded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = []
+    usual = signal.signal(signal.SIGINT, lambda *received: pressed.append(received))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if pressed:
+            raise KeyboardInterrupt
