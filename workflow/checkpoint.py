@@ -228,8 +228,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """The run's tokenizer, which lies beside its checkpoints."""
     file = folder / "tokenizer.json"
     if not file.is_file():
-        do = "put it back: a run writes it when it starts"
-        raise CheckpointError(file, "the run's tokenizer is missing", do)
+        raise CheckpointError(file, "the run's tokenizer is missing", "put it back")
     return Tokenizer.from_file(str(file))
 
 
@@ -242,11 +241,7 @@ def random_states() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (
-            str(kind),
-            torch.from_numpy(keys.astype(np.int64)),
-            *(float(value) for value in rest),
-        ),
+        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), *map(float, rest)),
         "python": random.getstate(),
     }
 
@@ -259,10 +254,7 @@ def seed_random_states(seed: int) -> None:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """The inverse.
-
-    Raises KeyError when one is missing; those of GPUs that are not here are passed over.
-    """
+    """The inverse. Raises KeyError when one is missing; other machines' GPUs are passed over."""
     kind, keys, position, has_gauss, gauss = states["numpy"]
     keys = keys.numpy().astype(np.uint32)
     random.setstate(states["python"])

@@ -52,57 +52,49 @@ class StrictLoader(yaml.SafeLoader):
         return int(node.value)
 
 
+NUMBER = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
+SCALARS = {  # tag: (what a scalar of this kind looks like, what it may start with)
+    "null": (r"~|null|", ["~", "n", ""]),
+    "bool": (r"true|false", list("tf")),
+    "int": (r"[-+]?[0-9]+", list("-+0123456789")),
+    "float": (NUMBER, list("-+.0123456789")),
+}
 StrictLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-        list("-+.0123456789"),
-    ),
-):
-    StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"(?:{_pattern})$"), _first
-    )
+for _name, (_pattern, _first) in SCALARS.items():
+    _tag = f"tag:yaml.org,2002:{_name}"
+    StrictLoader.add_implicit_resolver(_tag, re.compile(f"(?:{_pattern})$"), _first)
 StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_decimal)
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text, read strictly. Raises ConfigError with the line."""
     try:
-        return yaml.load(text, StrictLoader)  # noqa: S506, a SafeLoader
+        return StrictLoader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(
-            place, f"this is not valid YAML here: {problem}", "mend that line"
-        ) from None
+        what = f"this is not valid YAML here: {problem}"
+        raise ConfigError(place, what, "mend that line") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(
-            path, "there is no such file", "run from the project's folder or name the file"
-        ) from None
+        do = "run from the project's folder or name the file"
+        raise ConfigError(path, "there is no such file", do) from None
     except OSError as error:
-        raise ConfigError(
-            path, f"it cannot be read ({error.strerror})", "name a readable YAML file"
-        ) from None
+        what = f"it cannot be read ({error.strerror})"
+        raise ConfigError(path, what, "name a readable YAML file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            path, f"byte {error.start} is not UTF-8", "save the file as UTF-8"
-        ) from None
+        what = f"byte {error.start} is not UTF-8"
+        raise ConfigError(path, what, "save the file as UTF-8") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
-        raise ConfigError(
-            path, f"it holds {found}, expected a table of settings", "see the project's own YAML"
-        )
+        what = f"it holds {found}, expected a table of settings"
+        raise ConfigError(path, what, "see the project's own YAML")
     return values
 
 

@@ -121,9 +121,8 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
     if source not in ("auto", "hub", "wheel"):
         folder = Path(source)
         if not (folder / "config.json").is_file():
-            raise SourceError(
-                source, "there is no config.json in this folder", "name a Hugging Face model folder"
-            )
+            what = "there is no config.json in this folder"
+            raise SourceError(source, what, "name a Hugging Face model folder")
         return folder, "folder", folder.name, str(folder)
     why_not = []
     if source in ("auto", "hub"):
