@@ -53,12 +53,14 @@ def execute(path: Path = STORY) -> Path:
             return super().process_message(msg, cell, cell_index)
 
     story = nbformat.read(path, as_version=4)
+    quiet = "--IPKernelApp.log_level=ERROR"  # else each run warns that loopback is not encrypted
     client = LiveClient(
         story,
         timeout=None,
         kernel_name="python3",
         skip_cells_with_tag=SKIPPED,
         coalesce_streams=True,
+        extra_arguments=[quiet],
     )
     try:
         client.execute()
