@@ -54,6 +54,7 @@ def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the
         ),
         ("train.steps=abc", "train.steps: 'abc' does not fit: Input should be a valid integer"),
         ("train.steps=1.5", "train.steps: 1.5 does not fit"),
+        ("train.steps=!!binary aGk=", "train.steps: \"b'hi'\" does not fit"),
         ("train.steps='3'", "train.steps: '3' does not fit"),
         ("train.steps=-3", "train.steps: -3 does not fit"),
         ("train.steps=", "train.steps: None does not fit"),

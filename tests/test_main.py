@@ -72,6 +72,7 @@ def test_verify_generate_and_evaluate(command, story):
     assert re.search(r"loss \d\.\d{4}, perplexity .*windows of 64 tokens every 32", scored.stdout)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_generates_and_is_evaluated_with_its_own_weights(command, story):
     command("train", *options(*SHORT))
     (path,) = story.glob("checkpoints/*/checkpoint_20.pt")

@@ -160,10 +160,9 @@ def load_config(
         for part in reversed(key.strip().split(".")):
             change = {part: change}
         values = merge(values, change)
+    as_json = json.dumps(values, default=str)  # from JSON, strictly, a list may fill a tuple
     try:
-        return Config.model_validate_json(
-            json.dumps(values)
-        )  # as JSON: strict, yet a list may fill a tuple
+        return Config.model_validate_json(as_json)
     except ValidationError as error:
         raise _readable(path, values, error) from None
 

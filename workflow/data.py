@@ -23,9 +23,8 @@ from torch import Tensor
 
 from . import WorkflowError
 
-HEADING = re.compile(
-    r"^(?= = [^=\n].* = $)", re.MULTILINE
-)  # wikitext's ` = Title = `, not its ` = = Section = = `
+# wikitext's ` = Title = `, not its ` = = Section = = `
+HEADING = re.compile(r"^(?= = [^=\n].* = $)", re.MULTILINE)
 
 
 class DataError(WorkflowError):

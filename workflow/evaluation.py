@@ -45,8 +45,8 @@ def evaluate(
     device = next(model.parameters()).device
     total, scored, done = 0.0, 0, 0  # `done`: targets before this place are scored
     for start in range(0, max(len(tokens) - 1, 1), stride):
-        ids = torch.from_numpy(np.asarray(tokens[start : start + window], dtype=np.int64)).to(
-            device
+        ids = torch.tensor(
+            np.asarray(tokens[start : start + window], dtype=np.int64), device=device
         )
         fresh = len(ids) - max(done - start, 1)  # targets that no window before has scored
         if fresh > 0:

@@ -129,9 +129,7 @@ class Config(Section):
     run: RunSettings
     paths: Paths
     reason: str = Field(default="", exclude=True)  # why this profile
-    fresh: str = Field(
-        default="", exclude=True
-    )  # with FRESH=1, what sets this run's name apart from its like
+    fresh: str = Field(default="", exclude=True)  # with FRESH=1, the end of the run's name
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
