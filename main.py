@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from workflow import WorkflowError
+from workflow import WorkflowError, refused
 from workflow.config import load_config
 from workflow.settings import Config
 
@@ -104,15 +102,6 @@ def bench(arguments: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def refused(where: str, do: str) -> Iterator[None]:
-    """What the model or the tokenizer refuses, as one line for the user."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise WorkflowError(where, str(error), do) from error
-
-
 # --- what the commands share ----------------------------------------------------------------------
 
 
@@ -160,14 +149,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=100"
     )
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    weights = argparse.ArgumentParser(add_help=False)
+    weights.add_argument("--checkpoint", type=Path, help="its weights (default: the reference's)")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function) -> argparse.ArgumentParser:
-        summary = function.__doc__.splitlines()[0]
-        command = commands.add_parser(name, parents=[common], help=summary, description=summary)
+    def add(name: str, function, *more) -> argparse.ArgumentParser:
+        summary, parents = function.__doc__.splitlines()[0], [common, *more]
+        command = commands.add_parser(name, parents=parents, help=summary, description=summary)
         command.set_defaults(function=function)
         return command
 
@@ -175,18 +166,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("verify", verify)
     add("train", train)
     add("resume", resume).add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    command = add("generate", generate)
+    command = add("generate", generate, weights)
     command.add_argument("prompt", metavar="PROMPT")
-    command.add_argument(
-        "--checkpoint", type=Path, help="weights to use (default: the reference's)"
-    )
     command.add_argument("--tokens", type=int, default=64, help="how many new ones (default: 64)")
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    command = add("evaluate", evaluate)
+    command = add("evaluate", evaluate, weights)
     command.add_argument("data", type=Path, metavar="TEXT")
-    command.add_argument(
-        "--checkpoint", type=Path, help="weights to use (default: the reference's)"
-    )
     command.add_argument("--window", type=int, default=1024, help="tokens (default: 1024)")
     command.add_argument("--stride", type=int, help="tokens (default: the window, without overlap)")
     command.add_argument("--windows", type=int, help="score only the first so many windows of text")

@@ -14,51 +14,54 @@ from workflow.reference import random_model
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers for org/tiny as the Hub does; its files are `server.files`."""
+
+    def do_GET(self):
+        files, name = self.server.files, self.path.rpartition("/")[2]
+        self.server.asked.append(self.path)
+        if self.path.startswith("/api/models/org/tiny/tree/"):
+            sizes = {name: len(body) for name, body in files.items()}
+            entries = [
+                {"type": "file", "path": name, "size": size, "oid": COMMIT}
+                for name, size in sizes.items()
+            ]
+            self.answer(200, json.dumps(entries).encode())
+        elif self.path.startswith("/api/models/org/tiny/revision/"):
+            siblings = [{"rfilename": name} for name in files]
+            known = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
+            self.answer(200, json.dumps(known).encode())
+        elif self.path.startswith("/org/tiny/resolve/") and name in files:
+            etag = hashlib.sha256(files[name]).hexdigest()
+            self.answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        else:
+            self.answer(404, b"")
+
+    do_HEAD = do_GET
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
 @pytest.fixture
 def hub(tmp_path):
-    """A server with one repository, org/tiny, in the Hub's layout. `asked` lists the requests."""
+    """A server with one repository, org/tiny. `asked` lists the requests."""
     folder = tmp_path / "served"
     architecture = load_config(ROOT / "SmolLm3_Config.yaml", "ci").member.architecture
     for part in random_model(architecture, seed=11):
         part.save_pretrained(folder)
-    files = {file.name: file.read_bytes() for file in folder.iterdir()}
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.asked.append(self.path)
-            name = self.path.rpartition("/")[2]
-            if self.path.startswith("/api/models/org/tiny/tree/"):
-                entries = [
-                    {"type": "file", "path": name, "size": len(body), "oid": COMMIT}
-                    for name, body in files.items()
-                ]
-                self.answer(200, json.dumps(entries).encode())
-            elif self.path.startswith("/api/models/org/tiny/revision/"):
-                siblings = [{"rfilename": name} for name in files]
-                body = json.dumps({"id": "org/tiny", "sha": COMMIT, "siblings": siblings}).encode()
-                self.answer(200, body)
-            elif self.path.startswith("/org/tiny/resolve/") and name in files:
-                etag = hashlib.sha256(files[name]).hexdigest()
-                self.answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-            else:
-                self.answer(404, b"")
-
-        do_HEAD = do_GET
-
-        def answer(self, status, body, headers=None):
-            self.send_response(status)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.asked = []
+    server.files = {file.name: file.read_bytes() for file in folder.iterdir()}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()

@@ -1,5 +1,8 @@
 """What surrounds the model in `SmolLm3.py`: a module for each noun of the story."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class WorkflowError(Exception):
     """Something the user can mend, in one line: WHERE: WHAT is wrong; DO this.
@@ -11,3 +14,12 @@ class WorkflowError(Exception):
 
     def __init__(self, where: object, what: str, do: str):
         super().__init__(f"{where}: {what}; {do}")
+
+
+@contextmanager
+def refused(where: object, do: str) -> Iterator[None]:
+    """What the model or the tokenizer refuses (ValueError, TypeError), as one line for the user."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise WorkflowError(where, str(error), do) from error
