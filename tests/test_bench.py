@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from SmolLm3 import weights_sha256
-from workflow import bench
+from workflow import bench, weights_sha256
 
 
 def test_both_sides_are_timed_in_turn_after_a_call_that_does_not_count():

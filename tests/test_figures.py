@@ -40,3 +40,12 @@ def test_the_schedule_has_units_and_the_bars_have_counts():
     assert [bar.get_width() for bar in axes.patches] == [3.0, 1.0]
     assert "3,000,000 (75.0%)" in [text.get_text() for text in axes.texts]
     assert axes.get_xlabel() == "parameters (millions)"
+
+
+def test_errors_by_layer_are_drawn_one_line_each():
+    (axes,) = figures.error_by_layer({"eps 1e-6": [1e-3, 1e-2], "no mask": [0.5, 0.7]}).axes
+    assert [line.get_label() for line in axes.lines] == ["eps 1e-6", "no mask"]
+    assert list(axes.lines[1].get_ydata()) == [0.5, 0.7]
+    assert len({line.get_marker() for line in axes.lines}) == 2  # readable without colours
+    assert axes.get_yscale() == "log"
+    assert axes.get_xlabel() == "layer" and "share of the largest" in axes.get_ylabel()

@@ -1,6 +1,7 @@
 """The commands, their sentences and their exit codes, each as a real process."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -9,6 +10,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from workflow.ladder import BOUNDS
+from workflow.origin import load_model
 
 SHORT = ("train.steps=20", "train.resume_steps=5", "train.print_every=10", "sample.every=10")
 
@@ -24,7 +30,17 @@ def checkpoints(story) -> dict[str, bytes]:
 def test_help_names_every_command(command):
     result = command("--help")
     assert result.returncode == 0
-    for name in ("run", "verify", "train", "resume", "generate", "evaluate", "bench"):
+    for name in (
+        "run",
+        "verify",
+        "break",
+        "train",
+        "resume",
+        "generate",
+        "evaluate",
+        "export",
+        "bench",
+    ):
         assert re.search(rf"^    {name} +\w", result.stdout, re.MULTILINE)
     assert max(map(len, result.stdout.splitlines())) <= 80
 
@@ -53,23 +69,80 @@ def test_train_then_resume_then_both_again(command, story):
     assert len(list(story.glob("checkpoints/ci-*"))) == 2
 
 
-def test_verify_generate_and_evaluate(command, story):
-    verified = command("verify")
-    assert verified.returncode == 0, verified.stderr
-    assert "Model loaded. Total params: 26816" in verified.stdout
-    assert verified.stdout.count("holds") == 6
-    first, second = (command("generate", "Once", "--tokens", "8") for _ in range(2))
-    assert first.stdout == second.stdout
-    assert "Once" in first.stdout
-    empty = command("generate", "")
-    assert empty.returncode == 2
-    assert empty.stderr == (
-        "error: generate: the prompt is empty, give at least one token; "
-        "change the prompt or --tokens\n"
-    )
+def test_verify_tells_people_and_machines(here):
+    code, told, _ = here("verify", "--quick")
+    assert code == 0
+    assert "Model loaded. Total params: 26816" in told and "failing: []" in told
+    code, told, aside = here("verify", "--json")
+    rungs = {rung["name"]: rung for rung in json.loads(told)}
+    assert code == 0 and list(rungs) == list(BOUNDS)
+    assert rungs["logits"]["figure"] == 0.0 and rungs["logits"]["holds"] is True
+    assert rungs["logits, whole context"]["holds"]
+    assert "Model loaded" in aside
+
+
+def test_verify_exits_with_1_when_a_rung_fails(here, monkeypatch):
+    monkeypatch.setitem(BOUNDS, "cache against no cache", ("<=", -1.0))
+    code, told, _ = here("verify", "--quick")
+    assert code == 1 and "failing: ['cache against no cache']" in told
+
+
+def test_break_names_the_first_rung_that_fails(here, story):
+    code, told, _ = here("break", *options("breaking.steps=2", "breaking.other_rates=[0.1]"))
+    assert code == 0
+    assert re.search(r"^nothing broken +none ", told, re.MULTILINE)
+    assert re.search(r"^head left random +tensors missing or extra", told, re.MULTILINE)
+    assert re.search(r"^head left random +0.1 ", told, re.MULTILINE)
+    assert (story / "runs" / "breaking-ci.json").is_file()
+
+
+def test_generate_is_greedy_unless_asked_and_reads_stdin(here, monkeypatch):
+    greedy = here("generate", "Once", "--tokens", "8")
+    assert greedy[0] == 0 and "\nOnce" in greedy[1]
+    sampling = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.001")
+    drawn = [here("generate", "Once", "--tokens", "8", *sampling) for _ in range(2)]
+    assert drawn[0] == drawn[1] != greedy
+    other = here("generate", "Once", "--tokens", "8", *sampling, "--set", "run.seed=5")
+    assert other[1] != drawn[0][1]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once"))
+    assert here("generate", "--tokens", "8")[1] == greedy[1]
+
+
+def test_what_cannot_be_generated_is_said_in_one_line(here):
+    for arguments, words in (
+        ([""], "the prompt is empty, give at least one token; change the prompt or the options"),
+        (["x", "--chat"], "this tokenizer has no chat template; take an Instruct member, or omit"),
+        (["x", "--temperature", "1", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
+        (["x", "--tokens", "600"], "1 prompt + 600 new tokens exceed the context 512"),
+    ):
+        code, _, error = here("generate", *arguments)
+        assert code == 2 and error.startswith(f"error: generate: {words}"), error
+        assert error.count("\n") == 1
+
+
+def test_evaluate_says_how(here, story):
     (story / "text.txt").write_text("a text to be scored " * 20)
-    scored = command("evaluate", "text.txt", "--window", "64", "--stride", "32")
-    assert re.search(r"loss \d\.\d{4}, perplexity .*windows of 64 tokens every 32", scored.stdout)
+    _, told, _ = here("evaluate", "text.txt", "--window", "64", "--stride", "32")
+    assert re.search(r"loss \d\.\d{4}, perplexity .*windows of 64 tokens every 32", told)
+
+
+def test_a_checkpoint_is_exported_for_transformers_and_llama_cpp(here, story):
+    assert here("train", *options(*SHORT))[0] == 0
+    (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
+    code, told, _ = here("export", str(path), "out", "--gguf", "F16")
+    assert code == 0
+    assert "Wrote out: README.md config.json generation_config.json model.safetensors" in told
+    card = (story / "out" / "README.md").read_text()
+    assert f"# {path.parent.name}, 20 steps" in card
+    assert "| started from | random weights with a byte tokenizer |" in card
+    ids, (model, _, _) = torch.arange(40)[None], load_model(path)
+    with torch.no_grad():
+        back = AutoModelForCausalLM.from_pretrained(story / "out")
+        assert torch.equal(back(ids).logits, model(ids))
+        gguf = AutoModelForCausalLM.from_pretrained(story / "out", gguf_file="out-F16.gguf")
+        torch.testing.assert_close(gguf(ids).logits, model(ids), rtol=0, atol=1e-2)
+    code, _, error = here("export", str(path), "out")
+    assert code == 2 and error.startswith("error: out: it exists and is not an empty folder")
 
 
 @pytest.mark.slow

@@ -37,7 +37,11 @@ def test_the_notebook_holds_no_installation_and_no_outputs():
 def printed(text: str) -> list[str]:
     """The lines of a story, without progress bars and measured times."""
     lines = (line.rpartition("\r")[2].strip() for line in text.splitlines())
-    return [line for line in lines if line and not re.search(r"\d+%\||^About ", line)]
+    return [
+        line
+        for line in lines
+        if line and not re.search(r"\d+%\||^About | rungs in |^peak memory", line)
+    ]
 
 
 def run(story, *command: str) -> str:

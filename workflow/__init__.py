@@ -1,7 +1,10 @@
 """What surrounds the model in `SmolLm3.py`: a module for each noun of the story."""
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+
+import torch
 
 
 class WorkflowError(Exception):
@@ -23,3 +26,13 @@ def refused(where: object, do: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise WorkflowError(where, str(error), do) from error
+
+
+def weights_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The identity of a set of weights: over names, dtypes, shapes and values, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
-
 from . import WorkflowError
 
 FORMAT = "smollm-workflow checkpoint"
@@ -214,14 +212,6 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         except CheckpointError as error:
             print(f"passed over: {error}")
     return None
-
-
-def load_model(path: Path) -> tuple[LlamaModel, Tokenizer]:
-    """The model of a checkpoint and its tokenizer, for use without training."""
-    state = load(path)
-    model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
-    load_hf_weights(model, state["model"])
-    return model, load_tokenizer(path.parent)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

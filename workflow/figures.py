@@ -99,3 +99,18 @@ def parameter_bars(parts: Mapping[str, int], *, title: str) -> Figure:
     axes.set_title(title)
     plt.close(figure)
     return figure
+
+
+def error_by_layer(errors: Mapping[str, Sequence[float]]) -> Figure:
+    """How far each wrong model's states are from the right ones, after each layer."""
+    figure, axes = plt.subplots(figsize=(10, 4.5), layout="constrained")
+    for marker, (name, values) in zip("osv^D*Px", errors.items()):
+        layers = range(1, len(values) + 1)
+        axes.semilogy(layers, values, marker=marker, markersize=5, linewidth=1, label=name)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("largest error, as a share of the largest value")
+    axes.set_title("States of broken models against the original")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.close(figure)
+    return figure

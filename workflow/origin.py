@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
 
 from . import checkpoint
 from .data import Corpus, load_corpus
@@ -23,12 +26,17 @@ class Origin:
     end_of_text: int
     provenance: dict[str, str]  # what the weights honestly are
     weights: Mapping[str, Tensor] | None = None  # under Hugging Face's names
+    tokenizer_files: Mapping[str, str] = field(default_factory=dict)  # transformers' own settings
 
     @classmethod
     def of(cls, reference) -> Origin:
         """Of a `workflow.reference.Reference`."""
         tokenizer, provenance = reference.tokenizer.backend_tokenizer, asdict(reference.provenance)
-        return cls(tokenizer, reference.end_of_text, provenance, reference.state_dict)
+        with tempfile.TemporaryDirectory() as folder:
+            reference.tokenizer.save_pretrained(folder)
+            files = {file.name: file.read_text("utf-8") for file in Path(folder).iterdir()}
+        files.pop("tokenizer.json")  # the tokenizer itself
+        return cls(tokenizer, reference.end_of_text, provenance, reference.state_dict, files)
 
     @classmethod
     def saved(cls, folder: Path, state: dict[str, Any]) -> Origin:
@@ -50,3 +58,16 @@ def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
     return corpus, config.run_name(
         corpus.text_sha256, corpus.tokenizer_sha256, origin.provenance["weights_sha256"]
     )
+
+
+def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
+    """A checkpoint's model, its tokenizer (transformers') and what they are, for a model card."""
+    from transformers import PreTrainedTokenizerFast  # 3 s that training does not need
+
+    state = checkpoint.load(path)
+    model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
+    load_hf_weights(model, state["model"])
+    checkpoint.load_tokenizer(path.parent)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
+    name, data = f"{path.parent.name}, {state['step']} steps", state["data"]
+    return model, tokenizer, {"name": name, "started_from": state["reference"]["name"], **data}

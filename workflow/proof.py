@@ -1,105 +1,36 @@
-"""How the copy is held against the original.
+"""The ladder: how the copy is held against the original.
 
-Nothing here samples: every check compares numbers of both models on the same ids, with a bound that
-was set before the figures were seen, or greedy tokens, which are either the same or not.
+`climb` yields rung after rung, from the config to greedy text, and stops at nothing. Nothing here
+samples: every rung compares numbers of both models on the same ids with a bound that was set before
+the figures were seen, or tokens, which are either the same or not.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+import resource
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
+from SmolLm3 import KVCache, LlamaModel, hf_state_dict, load_hf_weights
 
-from .reference import Reference
+from . import absolute, comparison
+from .comparison import largest, relative
+from .export import export
+from .ladder import BOUNDS, Rung, failing, worst
+from .prompts import LONG_PROMPT, MAX_PROMPT_TOKENS, PROMPTS
+from .reference import Reference, architecture_rows
 from .settings import ProofSettings
+from .update import NextTokenLoss
 
-MAX_LOSS_DIFFERENCE = 1e-5  # nats a token
-MAX_PROMPT_TOKENS = 300
-
-LONG_PROMPT = (
-    "The mill stood where the valley narrowed, and for as long as anyone could remember it had "
-    "ground the corn of three parishes. In dry summers the wheel turned so slowly that the "
-    "miller's children could count its paddles; in spring, when the snow came down all at once, "
-    "the whole building shook and flour drifted from the rafters. The miller kept a ledger in "
-    "which every sack was entered twice, once when it arrived as grain and once when it left as "
-    "meal, and the difference between the two columns was the only wage he ever took. One year "
-    "the difference vanished. Sacks went out exactly as heavy as they had come in. He weighed "
-    "the scales against a stone, and the stone against the scales of the next village, and "
-    "found nothing wrong with either. His wife said that he should be glad of honest customers. "
-    "His eldest son said that the mice had at last been caught. The miller said nothing, but "
-    "sat up all night beside the hopper with a lantern under his coat, listening to the water. "
-    "Towards morning the wheel stopped by itself, though the sluice was open, and in the "
-    "silence he heard someone on the other side of the wall counting under his breath: "
-    "nineteen, twenty, twenty-one. When he opened the door there was nobody there, only the wet "
-    "prints of bare feet that led across the boards, down the steps and into the mill race, "
-    "each a little smaller than the one before it. He followed them to the edge and"
-)
-PROMPTS = (  # (kind, text); the first ones are generated on both sides
-    ("prose", "Once upon a time, there was a lighthouse keeper who"),
-    ("code", "def fibonacci(n):\n    if n < 2:\n        return n\n    return"),
-    ("digits", "17 + 25 = 42\n18 + 25 = 43\n19 + 25 ="),
-    ("300 tokens", LONG_PROMPT),
-    ("one token", "The"),
-    ("one space", " "),
-    ("white space", "a\n  5\n\n   6\t\t7\n"),
-    ("fact", "The capital of France is"),
-    ("list", "1. Wash the rice.\n2. Boil the water.\n3."),
-    ("question", "Q: Why is the sky blue?\nA:"),
-    ("dialogue", '"Where were you?" she asked. "We waited until'),
-    ("JSON", '{"name": "Ada", "born": 1815, "fields": ['),
-    ("HTML", '<ul>\n  <li><a href="/index.html">Home</a></li>\n'),
-    ("C", "#include <stdio.h>\n\nint main(void) {\n    for (int i = 0; i < 10; i++)"),
-    ("French", "Il était une fois, dans une forêt très éloignée,"),
-    ("Greek", "Ἐν ἀρχῇ ἦν ὁ λόγος, καὶ"),
-    ("Russian", "Жил-был в одной деревне старый"),
-    ("Chinese", "从前有座山，山里有座庙，"),
-    ("emoji", "Weather today: ☀️🌧️🌈 and tomorrow: "),
-    ("markdown", "# Results\n\n| model | loss |\n|---|---|\n| ours |"),
-)
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One claim: what was measured, the bound it must keep, and whether it does."""
-
-    name: str
-    figure: float | int
-    sign: str  # "=" or "<="
-    bound: float | int
-    detail: str = ""
-
-    @property
-    def holds(self) -> bool:
-        return self.figure == self.bound if self.sign == "=" else self.figure <= self.bound
-
-    def __str__(self) -> str:
-        figure = f"{self.figure:.2e}" if isinstance(self.figure, float) else str(self.figure)
-        verdict = "holds" if self.holds else "FAILS"
-        detail = f"  ({self.detail})" if self.detail else ""
-        return (
-            f"{self.name:<34}{figure:>12}  {self.sign + ' ' + str(self.bound):<14}{verdict}{detail}"
-        )
-
-
-@dataclass(frozen=True)
-class PromptCheck:
-    """One prompt on both sides, over the prompt and our greedy continuation."""
-
-    kind: str
-    tokens: int
-    logit_difference: float  # largest, absolute
-    agreeing: int  # of the continuation's tokens, those that the reference chooses too
-    generated: bool  # whether the reference generated, too, rather than judged our continuation
-
-    def __str__(self) -> str:
-        way = "generated on both sides" if self.generated else "reference's argmax over ours"
-        figures = f"{self.tokens:>4} tokens{self.logit_difference:>12.2e}{self.agreeing:>6}"
-        return f"{self.kind:<12}{figures} identical, {way}"
+CONTEXT = 8192  # tokens, at most, of the longest text
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
@@ -119,104 +50,292 @@ def copy_reference(reference: Reference) -> LlamaModel:
     return model
 
 
-def count(tensors: dict[str, Tensor]) -> int:
+def count(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
-@torch.no_grad()
-def verify(model: LlamaModel, reference: Reference, settings: ProofSettings) -> list[Rung]:
-    """From counts to greedy text, stopping at nothing; both models in float32 on the CPU."""
-    ours, theirs = hf_state_dict(model), reference.state_dict
-    names = sorted(ours.keys() | theirs.keys())
-    shared = [name for name in names if name in ours and name in theirs]
-    equal = {name for name in shared if torch.equal(ours[name], theirs[name])}
-    unequal = [name for name in names if name not in equal]
-    checks = check_prompts(model, reference, settings)
-    worst = max(checks, key=lambda check: check.logit_difference)
-    largest = worst.logit_difference
-    both = [check for check in checks if check.generated]
-    judged = [check for check in checks if not check.generated]
+def verify(
+    model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
+) -> list[Rung]:
+    """Climbs the ladder, printing each rung with the seconds that it took."""
+    rungs, began = [], time.perf_counter()
+    print(f"{'rung':<36}{'figure':>10}  {'bound':<11} verdict")
+    for rung in climb(model, reference, settings, text):
+        rungs.append(rung)
+        print(rung)
+    print(f"{len(rungs)} rungs in {time.perf_counter() - began:.0f} s; failing: {failing(rungs)}")
+    return rungs
+
+
+def climb(
+    model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
+) -> Iterator[Rung]:
+    """Rung after rung; both models in float32 on the CPU.
+
+    text: what the tokenizer is tried on and long texts are made of. The last rungs take minutes;
+    with `settings.quick` they are left out.
+    """
     long = encode(reference, LONG_PROMPT)
-    losses = [next_token_loss(side, long) for side in (model(long), reference.model(long).logits)]
-    loss, length = abs(losses[0] - losses[1]), settings.new_tokens
-    return [
-        Rung("parameters", count(ours), "=", count(theirs)),
-        Rung("tensors that differ", len(unequal), "=", 0, ", ".join(unequal[:3])),
-        Rung("largest logit difference", largest, "<=", settings.max_logit_difference, worst.kind),
-        Rung("loss difference", loss, "<=", MAX_LOSS_DIFFERENCE, "nats a token, 300 tokens"),
-        greedy_rung("greedy, generated on both sides", both, length),
-        greedy_rung("greedy, judged by the reference", judged, length),
-    ]
+    with torch.no_grad():
+        yield from outside(model, reference, settings)
+        yield from copied(model, reference)
+        yield tokenizer_rung(reference, text)
+        yield from computed(model, comparison.states(reference.model, long), long)
+        yield list(attention_rungs("logits", "logits, to eager", model, reference, long))[1]
+    yield gradient_rung(model, reference, long)
+    with torch.no_grad():
+        yield from generated(model, reference, settings.new_tokens)
+        yield cache_rung(model, long[:, :64])
+        yield padding_rung(model, reference)
+        yield from exported(model, reference, long)
+        if not settings.quick:
+            ids = torch.tensor([reference.tokenizer.backend_tokenizer.encode(text).ids])
+            yield from long_texts(model, reference, ids)
+            yield from few_bits(model, reference, long)
 
 
-def check_prompts(
-    model: LlamaModel, reference: Reference, settings: ProofSettings
-) -> list[PromptCheck]:
-    """Every prompt on both sides, each printed when it is done.
+# --- what was copied ------------------------------------------------------------------------------
 
-    Ours continues the first prompts one by one, since the reference generates them too, and the
-    others in one left-padded batch, which is faster and must come to the same.
+
+def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) -> Iterator[Rung]:
+    """The absolute rungs, against figures that no code of this project computed."""
+    names = list(BOUNDS)[:4]
+    facts = absolute.facts_of(reference)
+    if facts is None:
+        why = "no outside figures are stored for these weights"
+        yield from (Rung(name, None, why) for name in names)
+        return
+    unlike = absolute.tensors_unlike_gguf(reference)
+    yield Rung(
+        names[0], len(unlike), ", ".join(unlike[:3]) or "all dequantised by the gguf library"
+    )
+    share, detail = absolute.argmax_share(model, facts)
+    yield Rung(names[1], share, detail)
+    if settings.wikitext is None:
+        yield Rung(names[2], None, "proof.wikitext names no file")
+    else:
+        off, detail = absolute.perplexity_off(model, reference, facts, settings.wikitext)
+        yield Rung(names[2], off, detail)
+    wrong = absolute.strings_unlike(reference, facts)
+    detail = ", ".join(map(repr, wrong)) or f"{len(facts['hard_strings']['ids'])} strings"
+    yield Rung(names[3], len(wrong), detail)
+
+
+def copied(model: LlamaModel, reference: Reference) -> Iterator[Rung]:
+    """Config and weights."""
+    rows = architecture_rows(reference.member.architecture, reference.config)
+    unequal = [f"{key}: {mine} and {theirs}" for key, mine, theirs, same in rows if not same]
+    detail = "; ".join(unequal) or ", ".join(f"{key} {mine}" for key, mine, _, _ in rows)
+    yield Rung("config keys that differ", len(unequal), f"YAML and source: {detail}")
+    ours, theirs = hf_state_dict(model), reference.state_dict
+    odd = sorted(ours.keys() ^ theirs.keys())
+    yield Rung("tensors missing or extra", len(odd), ", ".join(odd[:3]) or f"{len(ours)} tensors")
+    counted = f"{count(ours)} parameters"
+    yield Rung("parameters missing", count(theirs) - count(ours), counted)
+    shared = [name for name in theirs if name in ours]
+    unequal = [name for name in shared if not torch.equal(ours[name], theirs[name])]
+    yield Rung("tensors that differ", len(unequal), ", ".join(unequal[:3]))
+
+
+def tokenizer_rung(reference: Reference, text: str) -> Rung:
+    backend = reference.tokenizer.backend_tokenizer
+    back = backend.decode(backend.encode(text).ids, skip_special_tokens=False)
+    lost = sum(a != b for a, b in zip(text, back)) + abs(len(text) - len(back))
+    return Rung("characters lost by the tokenizer", lost, f"of {len(text)}, encoded and decoded")
+
+
+# --- what is computed -----------------------------------------------------------------------------
+
+
+def computed(model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor) -> Iterator[Rung]:
+    """Every state on the way from ids (1, T) to the loss, against the reference's `states`."""
+    ours = comparison.states(model, ids)
+    parts = {name: relative(ours[name], state) for name, state in theirs.items() if name in ours}
+    yield Rung("embeddings", parts.pop("embed_tokens"), f"{ids.shape[1]} tokens")
+    norm = parts.pop("norm")
+    del parts["logits"]
+    yield worst("hidden state after each layer", parts)
+    yield Rung("final norm", norm)
+    detail = f"{ids.shape[1]} tokens; transformers with SDPA attention"
+    yield Rung("logits", largest(ours["logits"], theirs["logits"]), detail)
+    mine, other = loss_of(model, ids).item(), theirs["loss"].item()
+    yield Rung("loss", abs(mine - other), f"{mine:.6f} and {other:.6f} nats a token")
+
+
+def loss_of(model: LlamaModel, ids: Tensor) -> Tensor:
+    """The trainer's own loss of each token of `ids` (1, T) after those before it."""
+    return NextTokenLoss(model)(ids[:, :-1], ids[:, 1:])
+
+
+def attention_rungs(
+    sdpa_name: str, eager_name: str, model: LlamaModel, reference: Reference, ids: Tensor
+) -> Iterator[Rung]:
+    """Logits against both of transformers' attentions.
+
+    Its eager one differs from its own SDPA one; how far ours is from it is told as a multiple.
     """
-    alone, length = settings.generated_on_both_sides, settings.new_tokens
-    prompts = [encode(reference, text) for _, text in PROMPTS]
-    texts = [model.generate(prompt, length) for prompt in prompts[:alone]]
-    texts += generate_together(model, prompts[alone:], length)
-    checks = []
-    for place, ((kind, _), prompt, text) in enumerate(zip(PROMPTS, prompts, texts, strict=True)):
-        checks.append(check_prompt(model, reference, kind, prompt, text, place < alone))
-        print(checks[-1])
-    return checks
+    ours, sdpa = comparison.long_logits(model, ids), comparison.long_logits(reference.model, ids)
+    tokens = f"{ids.shape[1]} tokens"
+    yield Rung(sdpa_name, largest(ours, sdpa), f"{tokens}; transformers with SDPA attention")
+    reference.model.set_attn_implementation("eager")
+    try:
+        eager = comparison.long_logits(reference.model, ids)
+    finally:
+        reference.model.set_attn_implementation("sdpa")
+    yield multiple(eager_name, largest(ours, eager), largest(sdpa, eager), tokens)
 
 
-def generate_together(model: LlamaModel, prompts: list[Tensor], new_tokens: int) -> list[Tensor]:
-    """The greedy texts (1, T + n) of prompts (1, T) of different lengths, as one batch."""
-    longest = max((prompt.shape[1] for prompt in prompts), default=0)
-    gaps = [longest - prompt.shape[1] for prompt in prompts]
-    if not prompts:
-        return []
-    batch = torch.cat([F.pad(prompt, (gap, 0)) for prompt, gap in zip(prompts, gaps, strict=True)])
-    mask = torch.arange(longest) >= torch.tensor(gaps)[:, None]
-    texts = model.generate(batch, new_tokens, mask=mask)
-    return [text[None, gap:] for text, gap in zip(texts, gaps, strict=True)]
+def multiple(name: str, ours: float, theirs: float, detail: str) -> Rung:
+    """A rung whose figure is ours as a multiple of theirs; nothing of nothing is none."""
+    figure = ours / theirs if theirs else (math.inf if ours else 0.0)
+    return Rung(name, figure, f"{ours:.2e} and {theirs:.2e}, {detail}")
 
 
-def check_prompt(
-    model: LlamaModel, reference: Reference, kind: str, prompt: Tensor, text: Tensor, generate: bool
-) -> PromptCheck:
-    """Compares logits and choices over `text` (1, T + n), our greedy continuation of `prompt`.
-
-    That transformers' argmax equals our continuation at every place proves that it would have
-    generated the same; with `generate` it does generate.
-    """
-    theirs = reference.model(text).logits
-    difference = (model(text) - theirs).abs().nan_to_num(nan=math.inf).max().item()
-    T, continuation = prompt.shape[1], text[:, prompt.shape[1] :]
-    chosen = theirs[:, T - 1 : -1].argmax(dim=-1)
-    if generate:  # without stop tokens, as ours
-        options = {"do_sample": False, "eos_token_id": None, "pad_token_id": reference.end_of_text}
-        mask, new_tokens = torch.ones_like(prompt), continuation.shape[1]
-        full = reference.model.generate(
-            prompt, attention_mask=mask, max_new_tokens=new_tokens, **options
-        )
-        chosen = full[:, T:]
-    agreeing = int((chosen == continuation).sum()) if chosen.shape == continuation.shape else 0
-    return PromptCheck(kind, T, difference, agreeing, generate)
+def gradient_rung(model: LlamaModel, reference: Reference, ids: Tensor) -> Rung:
+    """The trainer's gradients, before clipping, against transformers' own."""
+    ours = comparison.gradients(model, loss_of(model, ids))
+    reference.model.requires_grad_(True)
+    theirs = comparison.gradients(reference.model, reference.model(ids, labels=ids).loss)
+    reference.model.requires_grad_(False)
+    parts = {
+        name: relative(ours[name], theirs[name]) if name in ours else math.inf for name in theirs
+    }
+    return worst("gradient of each parameter", parts)
 
 
-def greedy_rung(name: str, checks: list[PromptCheck], new_tokens: int) -> Rung:
-    agreeing, detail = sum(check.agreeing for check in checks), f"{len(checks)} prompts"
-    return Rung(name, agreeing, "=", new_tokens * len(checks), f"tokens of {detail}")
+# --- what is generated ----------------------------------------------------------------------------
 
 
 def encode(reference: Reference, text: str) -> Tensor:
-    """The prompt's ids, (1, T), at most 300."""
+    """The prompt's ids, (1, T), at most MAX_PROMPT_TOKENS."""
     ids = reference.tokenizer(text, add_special_tokens=False).input_ids[:MAX_PROMPT_TOKENS]
     return torch.tensor([ids])
 
 
-def next_token_loss(logits: Tensor, ids: Tensor) -> float:
-    """Mean cross entropy, in nats, of each token of `ids` (B, T) after those before it."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).item()
+def pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts (1, T) of different lengths as one left-padded batch of ids, and its mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    gaps = torch.tensor([longest - prompt.shape[1] for prompt in prompts])
+    batch = torch.cat([F.pad(prompt, (longest - prompt.shape[1], 0)) for prompt in prompts])
+    return batch, torch.arange(longest) >= gaps[:, None]
+
+
+def generated(model: LlamaModel, reference: Reference, new_tokens: int) -> Iterator[Rung]:
+    """Greedy text of every prompt, generated on both sides, and the logits over it.
+
+    The prompts go in one left-padded batch; the long one goes alone, since padding all others to
+    its length would take ten times as long.
+    """
+    prompts = {kind: encode(reference, text) for kind, text in PROMPTS}
+    long = {kind: prompts.pop(kind) for kind in list(prompts) if prompts[kind].shape[1] > 100}
+    differing, first, parts = 0, "", {}
+    for group in (prompts, long):
+        if not group:
+            continue
+        batch, mask = pad(list(group.values()))
+        ours = model.generate(batch, new_tokens, mask=mask)[:, batch.shape[1] :]
+        theirs = generate_theirs(reference, batch, mask, new_tokens)
+        differing += int((ours != theirs).sum())
+        for (kind, prompt), mine, other in zip(group.items(), ours, theirs, strict=True):
+            if not first and not torch.equal(mine, other):
+                first = first_difference(reference, kind, prompt, mine, other)
+            text = torch.cat([prompt, mine[None]], dim=1)
+            parts[kind] = largest(model(text), reference.model(text).logits)
+    total = f"{len(PROMPTS)} prompts of {new_tokens} new tokens each, generated on both sides"
+    yield Rung("greedy tokens that differ", differing, first or total)
+    yield worst("logits over prompt and greedy text", parts)
+
+
+def generate_theirs(reference: Reference, batch: Tensor, mask: Tensor, new_tokens: int) -> Tensor:
+    """transformers' greedy continuation (B, n), without stop tokens, as ours."""
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": reference.end_of_text}
+    texts = reference.model.generate(
+        batch, attention_mask=mask.long(), max_new_tokens=new_tokens, **options
+    )
+    return texts[:, batch.shape[1] :]
+
+
+def first_difference(
+    reference: Reference, kind: str, prompt: Tensor, mine: Tensor, other: Tensor
+) -> str:
+    """Where two continuations part, and how sure the reference was of its choice there."""
+    place = int((mine != other).nonzero()[0])
+    text = torch.cat([prompt, other[None, :place]], dim=1)
+    best = reference.model(text).logits[0, -1].topk(2).values
+    gap = (best[0] - best[1]).item()
+    return f"first: {kind}, token {place + 1}, where transformers' best two are {gap:.2e} apart"
+
+
+def cache_rung(model: LlamaModel, ids: Tensor) -> Rung:
+    """Token by token through the cache, against all at once without one."""
+    cache = KVCache(model.config, 1, ids.shape[1], like=model.embed_tokens.weight)
+    steps = [model(token, cache=cache) for token in ids.split(1, dim=1)]
+    parts = {
+        f"token {place}": largest(step[:, 0], whole)
+        for place, (step, whole) in enumerate(zip(steps, model(ids).unbind(dim=1), strict=True))
+    }
+    return worst("cache against no cache", parts)
+
+
+def padding_rung(model: LlamaModel, reference: Reference) -> Rung:
+    """Prompts of different lengths in one left-padded batch, against each alone."""
+    prompts = {kind: encode(reference, text)[:, :100] for kind, text in PROMPTS}
+    batch, mask = pad(list(prompts.values()))
+    together = model.hidden(batch, mask=mask)
+    parts = {
+        kind: largest(model.lm_head(row[None, -prompt.shape[1] :]), model(prompt))
+        for row, (kind, prompt) in zip(together, prompts.items(), strict=True)
+    }
+    return worst("padded batch against each alone", parts)
+
+
+# --- the way back, long texts, few bits -----------------------------------------------------------
+
+
+def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Rung]:
+    """Written as a Hugging Face folder and read by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, reference.tokenizer, f"{folder}/exported", asdict(reference.provenance))
+        back = AutoModelForCausalLM.from_pretrained(f"{folder}/exported", local_files_only=True)
+    theirs, ours = dict(back.named_parameters()), hf_state_dict(model)
+    changed = [
+        name
+        for name in ours.keys() | theirs.keys()
+        if name not in theirs or name not in ours or not torch.equal(ours[name], theirs[name])
+    ]
+    detail = ", ".join(sorted(changed)[:3]) or "a Hugging Face folder, read by transformers"
+    yield Rung("tensors changed by export", len(changed), detail)
+    yield Rung("logits changed by export", largest(back.eval()(ids).logits, model(ids)))
+
+
+def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Rung]:
+    """2048 tokens, and the whole context that the model promises, of ids (1, N)."""
+    context = min(model.config.max_position_embeddings, ids.shape[1], CONTEXT)
+    names = ("logits, 2048 tokens", "logits, 2048 tokens, to eager")
+    yield from attention_rungs(*names, model, reference, ids[:, : min(2048, context)])
+    sides = (
+        comparison.chunks_of_logits(side, ids[:, :context]) for side in (model, reference.model)
+    )
+    difference = max(largest(*pair) for pair in zip(*sides, strict=True))
+    yield Rung("logits, whole context", difference, f"{context} tokens")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    yield Rung("peak memory, GB", peak, "of this process, both models in it")
+
+
+def few_bits(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Rung]:
+    """In bf16: how far from transformers' float32, as a multiple of what its own bf16 is."""
+    exact = reference.model(ids).logits
+    figures = []
+    for rounded in (model, reference.model):
+        logits = comparison.logits(copy.deepcopy(rounded).bfloat16(), ids)
+        losses = [each[0, :-1].float().log_softmax(dim=-1) for each in (logits, exact)]
+        off = [loss.gather(-1, ids[0, 1:, None]) for loss in losses]
+        off = (off[0] - off[1]).abs().mean().item()  # a token: of the mean, noise is left
+        figures.append((comparison.divergence(logits, exact), off))
+    for name, (ours, theirs) in zip(list(BOUNDS)[-2:], zip(*figures, strict=True), strict=True):
+        yield multiple(name, ours, theirs, "nats a token")
 
 
 @torch.no_grad()
@@ -224,9 +343,3 @@ def reference_loss(reference: Reference, inputs: Tensor, targets: Tensor) -> flo
     """transformers' loss on a batch of a run, inputs and targets (B, T)."""
     logits = reference.model(inputs).logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-
-
-def table(rungs: list[Rung]) -> str:
-    """The ladder as a table for people."""
-    head = f"{'rung':<34}{'figure':>12}  {'bound':<14}verdict"
-    return "\n".join([head, *map(str, rungs)])

@@ -17,6 +17,7 @@ import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -27,18 +28,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    SmolLM3Config,
 )
 from transformers.utils import logging as transformers_logging
 
-from SmolLm3 import ModelConfig, weights_sha256
+from SmolLm3 import ModelConfig
 
-from . import WorkflowError
+from . import WorkflowError, weights_sha256
 from .config import ConfigError
 from .settings import Member
 
-END_OF_TEXT = "<|endoftext|>"  # joins documents, in every member of the family
+END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # the latter in SmolLM3 and Llama 3
 PROBE_SECONDS = 3.0
 HUB_FILES = [
     "config.json",
@@ -73,10 +76,11 @@ class Provenance:
 class Reference:
     """The original, ready for use: `model` in float32 and eval mode, without gradients."""
 
-    model: LlamaForCausalLM
+    model: PreTrainedModel  # a LlamaForCausalLM or SmolLM3ForCausalLM
     tokenizer: PreTrainedTokenizerFast
     config: ModelConfig
     provenance: Provenance
+    member: Member  # the row of the YAML that asked for it
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
@@ -85,7 +89,9 @@ class Reference:
 
     @property
     def end_of_text(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+        """The id of the token that joins documents."""
+        words = self.tokenizer.get_vocab()
+        return next(words[word] for word in ENDS_OF_TEXT if word in words)
 
 
 def load_reference(
@@ -113,7 +119,7 @@ def load_reference(
     config = compare_architecture(member.architecture, model.config, origin)
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
-    return Reference(model, tokenizer, config, provenance)
+    return Reference(model, tokenizer, config, provenance, member)
 
 
 def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, str]:
@@ -258,11 +264,11 @@ def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
 def random_model(
     architecture: ModelConfig, seed: int
-) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """A Llama with random weights, and a tokenizer of <|endoftext|>, 0, and the 256 bytes."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """A model with random weights, and a tokenizer of <|endoftext|>, 0, and the 256 bytes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(hf_config(architecture))
+        model = AutoModelForCausalLM.from_config(hf_config(architecture))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(
         models.BPE({word: i for i, word in enumerate([END_OF_TEXT, *alphabet])}, [])
@@ -272,30 +278,43 @@ def random_model(
     return model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
 
 
-def hf_config(architecture: ModelConfig) -> LlamaConfig:
+def hf_config(architecture: ModelConfig) -> LlamaConfig | SmolLM3Config:
     """The same architecture as a config of transformers; the inverse of `ModelConfig.from_hf`."""
     values = asdict(architecture)
-    rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    return LlamaConfig(**values, rope_parameters=rope, bos_token_id=0, eos_token_id=0)
+    scaling, layers = values.pop("rope_scaling"), values.pop("no_rope_layers")
+    kind = {"rope_type": "llama3", **scaling} if scaling else {"rope_type": "default"}
+    values["rope_parameters"] = {**kind, "rope_theta": values.pop("rope_theta")}
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    if layers:
+        return SmolLM3Config(**values, **ids, no_rope_layers=list(layers))
+    return LlamaConfig(**values, **ids)
 
 
-def compare_architecture(row: ModelConfig, hf_config, origin: str) -> ModelConfig:
-    """The source's architecture; raises ConfigError, with both values, where the row differs.
+def architecture_rows(row: ModelConfig, source: ModelConfig) -> list[tuple[str, Any, Any, bool]]:
+    """Every key that makes a model: name, value of the YAML and of the source, whether the same.
 
     Floats are compared as float32, since GGUF stores them so. The initial std is of no account for
     given weights.
     """
+    names = [field.name for field in fields(ModelConfig) if field.name != "initializer_range"]
+    pairs = [(name, getattr(row, name), getattr(source, name)) for name in names]
+    return [(name, a, b, as_float32(a) == as_float32(b)) for name, a, b in pairs]
+
+
+def as_float32(value: Any) -> Any:
+    return torch.tensor(value).item() if isinstance(value, float) else value
+
+
+def compare_architecture(row: ModelConfig, hf_config, origin: str) -> ModelConfig:
+    """The source's architecture; raises ConfigError, with both values, where the row differs."""
     try:
         theirs = ModelConfig.from_hf(hf_config)
     except ValueError as error:
         raise ConfigError(f"config of the {origin}", str(error), "choose a Llama") from None
     differences = [
         f"{name} is {mine} in the YAML and {other} in the source"
-        for name in (
-            field.name for field in fields(ModelConfig) if field.name != "initializer_range"
-        )
-        for mine, other in [(getattr(row, name), getattr(theirs, name))]
-        if torch.tensor(mine, dtype=torch.float32) != torch.tensor(other, dtype=torch.float32)
+        for name, mine, other, same in architecture_rows(row, theirs)
+        if not same
     ]
     if differences:
         raise ConfigError(

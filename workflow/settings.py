@@ -60,8 +60,18 @@ class DataSettings(Section):
 
 class ProofSettings(Section):
     new_tokens: PositiveInt  # length of each greedy continuation
-    generated_on_both_sides: PositiveInt  # prompts; for the others, the reference judges ours
-    max_logit_difference: PositiveFloat  # absolute, float32
+    quick: bool  # leaves out the rungs that take minutes: long texts and bf16
+    wikitext: Path | None  # WikiText-2 raw test without its empty lines, if at hand
+
+
+class BreakingSettings(Section):
+    """What the usual mistakes do: the study of broken models."""
+
+    tokens: PositiveInt  # of held-out text, for errors and losses
+    steps: Count  # of training with each mistake; 0: told from the record
+    learning_rate: PositiveFloat  # a plausible one
+    other_rates: tuple[PositiveFloat, ...]  # tried on the truth and where the loss starts high
+    record: Path  # where the curves are kept
 
 
 class TrainSettings(Section):
@@ -123,6 +133,7 @@ class Config(Section):
     reference: ReferenceSettings
     data: DataSettings
     proof: ProofSettings
+    breaking: BreakingSettings
     train: TrainSettings
     rehearsal: RehearsalSettings
     sample: SampleSettings
@@ -189,6 +200,7 @@ class Config(Section):
             "reference": True,  # instead, the hashes of weights and text stand in the name
             "data": {"text"},
             "proof": True,
+            "breaking": True,
             "rehearsal": True,
             "run": {"name"},
             "train": {"model", "print_every", "keep_checkpoints"},

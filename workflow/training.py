@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights, weights_sha256
+from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
 
-from . import WorkflowError, checkpoint
+from . import WorkflowError, checkpoint, weights_sha256
 from .checkpoint import CheckpointError
 from .data import batch_at, validation_batches
 from .origin import Origin, identify
@@ -338,7 +338,9 @@ class Run:
         _OPEN[self.checkpoints.resolve()] = self
         checkpoint.remove_unfinished(self.checkpoints)
         if not (self.checkpoints / "tokenizer.json").is_file():
-            replace_text(self.checkpoints / "tokenizer.json", origin.tokenizer.to_str())
+            files = {**origin.tokenizer_files, "tokenizer.json": origin.tokenizer.to_str()}
+            for file, text in files.items():
+                replace_text(self.checkpoints / file, text)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # the price of a bit-exact resume on a GPU

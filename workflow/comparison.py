@@ -1,0 +1,104 @@
+"""Two models on the same ids: what each computes inside, and how far apart that is.
+
+A `LlamaModel` and a model of transformers have the same module names, the one under `model.`, so
+what is compared is found by name. Differences that are not numbers, or of other shapes, are
+infinite: no bound lets them pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from SmolLm3 import LlamaModel
+
+CHUNK = 256  # positions whose logits exist at the same time
+
+
+def largest(ours: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference."""
+    if ours.shape != theirs.shape:
+        return math.inf
+    return (ours.float() - theirs.float()).abs().nan_to_num(nan=math.inf).max().item()
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a share of the largest value of `theirs`."""
+    difference, size = largest(ours, theirs), theirs.float().abs().max().item()
+    return difference / size if size else difference
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model without its head: ours is one module, transformers' are two."""
+    return model if isinstance(model, LlamaModel) else model.model
+
+
+def states(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What comes out of each part for `ids` (B, T): embed_tokens, layers.0 …, norm, logits.
+
+    Of a model of transformers, also its own `loss`, of each token after those before it.
+    """
+    base, found = base_of(model), {}
+    names = ["embed_tokens", *(f"layers.{index}" for index in range(len(base.layers))), "norm"]
+
+    def keep(name: str):
+        def hook(module, arguments, output):
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [base.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        if isinstance(model, LlamaModel):
+            found["logits"] = model(ids)
+        else:
+            output = model(ids, labels=ids)
+            found |= {"logits": output.logits, "loss": output.loss}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (B, T, V) of either model."""
+    return model(ids) if isinstance(model, LlamaModel) else model(ids).logits
+
+
+def hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """The normed states (B, T, C) of either model."""
+    if isinstance(model, LlamaModel):
+        return model.hidden(ids)
+    return model.model(ids, use_cache=False).last_hidden_state
+
+
+def chunks_of_logits(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+    """The logits (1, up to CHUNK, V) of a long text, never all at once."""
+    for part in hidden(model, ids).split(CHUNK, dim=1):
+        yield model.lm_head(part)
+
+
+def long_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits (1, T, V) of a long text, for when they are needed twice."""
+    return torch.cat(list(chunks_of_logits(model, ids)), dim=1)
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """The gradient of `loss` by each parameter, under Hugging Face's names."""
+    parameters = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    prefix = "model." if isinstance(model, LlamaModel) else ""
+    return {
+        name if name.startswith("lm_head.") else prefix + name: gradient
+        for name, gradient in zip(parameters, found, strict=True)
+    }
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> float:
+    """KL(theirs || ours), nats a token, of two sets of logits (B, T, V)."""
+    p, q = theirs.float().log_softmax(dim=-1), ours.float().log_softmax(dim=-1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1).mean().item()

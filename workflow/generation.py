@@ -1,0 +1,57 @@
+"""Text from a model: prompts as text or as chat, tokens shown as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from SmolLm3 import LlamaModel
+
+from . import WorkflowError
+
+# Where a text or an answer ends, in the members' vocabularies.
+STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
+
+
+def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
+    """The ids of a prompt; with `chat`, of a user's turn in the tokenizer's own chat template.
+
+    tokenizer: transformers'. Raises WorkflowError where it has no template: base models were not
+    trained on turns.
+    """
+    if chat and not tokenizer.chat_template:
+        what = "this tokenizer has no chat template"
+        raise WorkflowError("generate", what, "take an Instruct member, or omit --chat")
+    if chat:
+        turns = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    return tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
+
+
+def text_pieces(
+    model: LlamaModel,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    new_tokens: int,
+    options: Mapping[str, Any],
+) -> Iterator[str]:
+    """The continuation of `ids`, piece by piece, until a token of `STOPS`.
+
+    A token can be a part of a character; it is held back until the character is whole. options: of
+    `LlamaModel.stream`.
+    """
+    stops = [tokenizer.token_to_id(word) for word in STOPS]
+    stops = [number for number in stops if number is not None]
+    ids, shown = list(ids), tokenizer.decode(ids, skip_special_tokens=False)
+    prompt = torch.tensor([ids], dtype=torch.long, device=model.embed_tokens.weight.device)
+    for token in model.stream(prompt, new_tokens, stop_ids=stops, **options):
+        if token.item() in stops:
+            return
+        ids.append(token.item())
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text.removeprefix(shown)
+            shown = text
