@@ -1,8 +1,7 @@
 """SmolLM2-135M in plain PyTorch: the model, its weights by name, and generation.
 
-Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. Everything
-that surrounds the model (data, training, proof) lives in `workflow/`. Needs torch and the standard
-library only.
+Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. What surrounds
+the model lives in `workflow/`. Needs torch and the standard library only.
 
 Shapes, everywhere in this file:
 
@@ -88,7 +87,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf_config) -> ModelConfig:
-        """From a `transformers` config or the dict of a config.json, old or new style.
+        """From a `transformers` config or a dict of all its fields, in its old style or the new.
 
         Raises ValueError, naming the field, where the config asks for something that `LlamaModel`
         does not compute.
@@ -250,12 +249,13 @@ class LlamaModel(nn.Module):
         low, high, last = input_ids.min(), input_ids.max(), self.config.vocab_size - 1
         if low < 0 or high > last:
             raise ValueError(f"token ids run from {low} to {high}, the vocabulary from 0 to {last}")
-        if max_new_tokens < 0 or T + max_new_tokens > context:
-            raise ValueError(
-                f"{T} prompt + {max_new_tokens} new tokens exceed the context {context}"
-            )
-        if mask is not None and not mask[:, -1].all():
-            raise ValueError("the mask hides a row's last token: padding must stand on the left")
+        if not 0 <= max_new_tokens <= context - T:
+            sizes = f"the context is {context}, the prompt {T}"
+            raise ValueError(f"{max_new_tokens} new tokens do not fit: {sizes}")
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"mask {tuple(mask.shape)} is not of prompt {tuple(input_ids.shape)}")
+        if mask is not None and not (mask[:, -1].all() and (mask[:, :-1] <= mask[:, 1:]).all()):
+            raise ValueError("the mask hides a later token: padding must stand on the left")
 
 
 def visible_positions(
@@ -301,7 +301,7 @@ def token_probabilities(
     top_p: then only the likeliest ones that together reach this share (arXiv:1904.09751).
     min_p: then only those with at least this share of the likeliest one's (arXiv:2407.01082).
     """
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow
     if top_k is not None:
         last = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < last, -math.inf)

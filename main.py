@@ -39,12 +39,12 @@ def verify(arguments: argparse.Namespace) -> int:
         model, (text, _) = proof.copy_reference(reference), read_text(config.data.text)
         rungs = proof.verify(model, reference, settings, text)
     if arguments.json:
-        print(json.dumps(ladder.as_json(rungs), indent=1))
+        print(json.dumps(ladder.as_json(rungs), indent=1, allow_nan=False))
     return 1 if ladder.failing(rungs) else 0
 
 
 def break_it(arguments: argparse.Namespace) -> int:
-    """Make the usual mistakes on purpose, and train with each (--set breaking.steps=100)."""
+    """Make the usual mistakes on purpose, and tell what each does."""
     from workflow import breaking
     from workflow.proof import copy_reference
 
@@ -57,7 +57,6 @@ def break_it(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train up to train.steps, or go on where the run stands."""
     reference, config = open_reference(arguments)
-
     from workflow.training import Run
 
     return run_until(Run(config, reference), config.train.steps)
@@ -66,7 +65,6 @@ def train(arguments: argparse.Namespace) -> int:
 def resume(arguments: argparse.Namespace) -> int:
     """Resume CHECKPOINT in fresh objects, up to train.steps + train.resume_steps."""
     config = configure(arguments)
-
     from workflow.training import Run
 
     return run_until(Run.resume(arguments.checkpoint, config), config.last_step)
@@ -76,16 +74,15 @@ def generate(arguments: argparse.Namespace) -> int:
     """Continue PROMPT, token by token, with the reference's weights or a checkpoint's."""
     import torch
 
-    from workflow.generation import prompt_ids, text_pieces
+    from workflow.generation import prompt_ids, sampling, text_pieces
 
-    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     model, tokenizer, _, config = open_model(arguments)
-    options = {name: getattr(arguments, name) for name in SAMPLING}
+    options = sampling(**{name: getattr(arguments, name) for name in SAMPLING})
     options["generator"] = torch.Generator().manual_seed(config.run.seed)
     with refused("generate", "change the prompt or the options"):
-        ids, backend = prompt_ids(tokenizer, text, arguments.chat), tokenizer.backend_tokenizer
-        print("" if arguments.chat else text, end="", flush=True)
-        for piece in text_pieces(model, backend, ids, arguments.tokens, options):
+        ids = prompt_ids(tokenizer, arguments.prompt, arguments.chat)
+        print("" if arguments.chat else arguments.prompt, end="", flush=True)
+        for piece in text_pieces(model, tokenizer, ids, arguments.tokens, options):
             print(piece, end="", flush=True)
     print()
     return 0
@@ -141,7 +138,6 @@ def configure(arguments: argparse.Namespace) -> Config:
 
 def open_reference(arguments: argparse.Namespace):
     config = configure(arguments)  # a mistake in it is told before the slow import
-
     from workflow.reference import load_reference
 
     return load_reference(config.reference.source, config.member, cache=config.paths.cache), config

@@ -14,22 +14,24 @@ def test_facts_are_of_one_file_and_say_where_they_come_from(
     smollm2, reference, monkeypatch, tmp_path
 ):
     facts = absolute.facts_of(smollm2)
-    assert all(facts[name]["origin"] for name in ("hard_strings", "perplexity", "llama_cpp"))
+    assert all(facts[name]["origin"] for name in ("perplexity", "llama_cpp"))
     assert absolute.facts_of(reference) is None  # random weights
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.json").write_text(
         json.dumps(facts | {"weights_sha256": "0" * 64})
     )
     monkeypatch.setattr(absolute, "FACTS", tmp_path)
     assert absolute.facts_of(smollm2) is None
+    assert absolute.hard_strings(smollm2) is None
 
 
-def test_the_official_ids_of_hard_strings(smollm2):
-    facts = absolute.facts_of(smollm2)
-    ids = dict(facts["hard_strings"]["ids"])
+def test_the_official_ids_of_hard_strings(smollm2, reference):
+    strings = absolute.hard_strings(smollm2)
+    ids = dict(strings)
     assert smollm2.tokenizer.convert_ids_to_tokens(ids["a\n  5"]) == ["a", "ĊĠĠ", "5"]
-    assert absolute.strings_unlike(smollm2, facts) == []
-    facts["hard_strings"]["ids"][0][1] = [1, 2, 3]
-    assert absolute.strings_unlike(smollm2, facts) == ["a\n  5"]
+    assert absolute.strings_unlike(smollm2, strings) == []
+    strings[0][1] = [1, 2, 3]
+    assert absolute.strings_unlike(smollm2, strings) == ["a\n  5"]
+    assert absolute.hard_strings(reference) is None  # another vocabulary
 
 
 def test_llama_cpp_chooses_as_we_do(smollm2):
@@ -61,6 +63,9 @@ def test_perplexity_is_told_of_the_right_text_only(config, reference, tmp_path):
     told = {"text": "a text", "text_sha256": "0", "window": 64, "windows": 2, "perplexity": 257.0}
     off, why = absolute.perplexity_off(model, reference, {"perplexity": told}, text)
     assert off == float("inf") and why == f"{text} is not the text of the figure, a text"
+    absent = tmp_path / "absent.txt"
+    off, why = absolute.perplexity_off(model, reference, {"perplexity": told}, absent)
+    assert off == float("inf") and why == f"there is no file {absent}"
     _, told["text_sha256"] = absolute.read_text(text)
     off, detail = absolute.perplexity_off(model, reference, {"perplexity": told}, text)
     assert off < 100 and detail.endswith("2 windows of 64")

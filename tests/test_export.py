@@ -5,13 +5,15 @@ import json
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict
 from test_family import MEMBERS, shrunk
 from workflow import WorkflowError
 from workflow.export import export
-from workflow.gguf_file import permuted, read_tensors, write_gguf
+from workflow.gguf_file import permuted, read_tensors, stored_kind, write_gguf
+from workflow.reference import repair_tokenizer
 
 NAMES = {
     "README.md",
@@ -46,6 +48,9 @@ def test_transformers_gives_identical_logits(name, changes, reference, tmp_path)
     with torch.no_grad():
         assert torch.equal(back(ids).logits, model(ids))
     assert ModelConfig.from_hf(back.config) == model.config
+    old = json.loads((tmp_path / "out" / "config.json").read_text())
+    del old["rope_parameters"]  # as transformers 4 reads it
+    assert ModelConfig.from_hf(old) == model.config
     text = "def f(x):\n  return 1\n"
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(text).input_ids == reference.tokenizer(text).input_ids
@@ -72,7 +77,7 @@ def test_nothing_that_is_there_is_overwritten(reference, tmp_path):
 
 def test_a_failure_leaves_nothing_half_written(reference, tmp_path, monkeypatch):
     def fails(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
     monkeypatch.setattr("workflow.export.save_file", fails)
     with pytest.raises(WorkflowError, match="No space left on device") as caught:
@@ -84,11 +89,17 @@ def test_a_failure_leaves_nothing_half_written(reference, tmp_path, monkeypatch)
 # --- GGUF ---
 
 
+@pytest.fixture
+def cut_as_smollm(reference):
+    """The byte tokenizer, which cuts a text before that as SmolLM's does."""
+    return repair_tokenizer(reference.tokenizer)
+
+
 @pytest.mark.parametrize(("kind", "off"), [("F32", 0.0), ("F16", 1e-3), ("Q8_0", 1e-2)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_reads_the_gguf_back(kind, off, tied, reference, tmp_path):
+def test_transformers_reads_the_gguf_back(kind, off, tied, cut_as_smollm, tmp_path):
     model = model_of("SmolLM2-135M", tie_word_embeddings=tied)
-    export(model, reference.tokenizer, tmp_path / "out", gguf=kind)
+    export(model, cut_as_smollm, tmp_path / "out", gguf=kind)
     file = tmp_path / "out" / f"out-{kind}.gguf"
     back = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
@@ -101,9 +112,9 @@ def test_transformers_reads_the_gguf_back(kind, off, tied, reference, tmp_path):
     assert all(torch.equal(read[name], theirs[name]) for name in theirs)
 
 
-def test_the_gguf_carries_tokenizer_and_honest_name(reference, tmp_path):
+def test_the_gguf_carries_tokenizer_and_honest_name(cut_as_smollm, tmp_path):
     file = tmp_path / "x.gguf"
-    write_gguf(model_of("SmolLM2-135M"), reference.tokenizer, file, "F32", "a random model")
+    write_gguf(model_of("SmolLM2-135M"), cut_as_smollm, file, "F32", "a random model")
     fields = gguf.GGUFReader(file).fields
     assert fields["general.name"].contents() == "a random model"
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
@@ -112,6 +123,17 @@ def test_the_gguf_carries_tokenizer_and_honest_name(reference, tmp_path):
         gguf.TokenType.CONTROL,
         gguf.TokenType.NORMAL,
     ]
+
+
+def test_rows_that_q8_0_cannot_divide_are_stored_as_f16():
+    rows, odd = torch.ones(3, 64), torch.ones(3, 40)
+    assert [stored_kind("Q8_0", each) for each in (rows, odd, rows[0])] == ["Q8_0", "F16", "F32"]
+    assert [stored_kind("F16", each) for each in (rows, odd, rows[0])] == ["F16", "F16", "F32"]
+
+
+def test_another_tokenizer_is_not_called_smollm(reference, tmp_path):
+    with pytest.raises(WorkflowError, match="cannot name how this tokenizer cuts a text"):
+        export(model_of("SmolLM2-135M"), reference.tokenizer, tmp_path / "out", gguf="F32")
 
 
 def test_rows_of_q_and_k_come_back_in_order():

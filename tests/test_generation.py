@@ -12,7 +12,7 @@ from transformers import (
 
 from SmolLm3 import LlamaModel, token_probabilities
 from workflow import WorkflowError
-from workflow.generation import prompt_ids, text_pieces
+from workflow.generation import prompt_ids, sampling, text_pieces
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,33 @@ def test_half_a_character_waits_for_the_rest(model, reference):
     backend = reference.tokenizer.backend_tokenizer
     ids = backend.encode("né!").ids
     assert len(ids) == 4
-    pieces = list(text_pieces(scripted(model, ids), backend, [3], 4, {}))
+    pieces = list(text_pieces(scripted(model, ids), reference.tokenizer, [3], 4, {}))
     assert pieces == ["n", "é", "!"]
+
+
+def test_half_a_character_at_the_end_does_not_hide_the_whole_ones_before_it(model, reference):
+    backend = reference.tokenizer.backend_tokenizer
+    ids = backend.encode("né").ids[:2]
+    assert list(text_pieces(scripted(model, ids), reference.tokenizer, [3], 2, {})) == ["n"]
+
+
+def test_asking_for_a_filter_is_asking_for_draws():
+    greedy = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
+    assert sampling(None, None, 1.0, 0.0) == greedy
+    assert sampling(None, 5, 1.0, 0.0)["temperature"] == 1.0
+    assert sampling(0.3, None, 0.9, 0.0)["temperature"] == 0.3
+    assert sampling(0.0, 5, 1.0, 0.0)["temperature"] == 0.0
+
+
+def test_no_temperature_is_too_low():
+    shares = token_probabilities(torch.tensor([[1.0, 3.0, 2.0]]), 1e-39)
+    assert shares.tolist() == [[0.0, 1.0, 0.0]]
 
 
 def test_the_text_ends_before_a_stop_token(model, reference):
     backend = reference.tokenizer.backend_tokenizer
     ids = [*backend.encode("ab").ids, reference.end_of_text, *backend.encode("c").ids]
-    assert "".join(text_pieces(scripted(model, ids), backend, [3], 9, {})) == "ab"
+    assert "".join(text_pieces(scripted(model, ids), reference.tokenizer, [3], 9, {})) == "ab"
 
 
 def test_a_chat_needs_a_template(reference):

@@ -77,7 +77,7 @@ def test_verify_tells_people_and_machines(here):
     rungs = {rung["name"]: rung for rung in json.loads(told)}
     assert code == 0 and list(rungs) == list(BOUNDS)
     assert rungs["logits"]["figure"] == 0.0 and rungs["logits"]["holds"] is True
-    assert rungs["logits, whole context"]["holds"]
+    assert rungs["logits, 8192 tokens"]["holds"]
     assert "Model loaded" in aside
 
 
@@ -104,7 +104,7 @@ def test_generate_is_greedy_unless_asked_and_reads_stdin(here, monkeypatch):
     assert drawn[0] == drawn[1] != greedy
     other = here("generate", "Once", "--tokens", "8", *sampling, "--set", "run.seed=5")
     assert other[1] != drawn[0][1]
-    monkeypatch.setattr("sys.stdin", io.StringIO("Once"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
     assert here("generate", "--tokens", "8")[1] == greedy[1]
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_be_generated_is_said_in_one_line(here):
         ([""], "the prompt is empty, give at least one token; change the prompt or the options"),
         (["x", "--chat"], "this tokenizer has no chat template; take an Instruct member, or omit"),
         (["x", "--temperature", "1", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
-        (["x", "--tokens", "600"], "1 prompt + 600 new tokens exceed the context 512"),
+        (["x", "--tokens", "600"], "600 new tokens do not fit: the context is 512, the prompt 1"),
     ):
         code, _, error = here("generate", *arguments)
         assert code == 2 and error.startswith(f"error: generate: {words}"), error
@@ -126,10 +126,12 @@ def test_evaluate_says_how(here, story):
     assert re.search(r"loss \d\.\d{4}, perplexity .*windows of 64 tokens every 32", told)
 
 
-def test_a_checkpoint_is_exported_for_transformers_and_llama_cpp(here, story):
+def test_a_checkpoint_is_exported_for_transformers(here, story):
     assert here("train", *options(*SHORT))[0] == 0
     (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
-    code, told, _ = here("export", str(path), "out", "--gguf", "F16")
+    code, _, error = here("export", str(path), "out", "--gguf", "F16")
+    assert code == 2 and "cannot name how this tokenizer cuts a text" in error
+    code, told, _ = here("export", str(path), "out")
     assert code == 0
     assert "Wrote out: README.md config.json generation_config.json model.safetensors" in told
     card = (story / "out" / "README.md").read_text()
@@ -139,8 +141,6 @@ def test_a_checkpoint_is_exported_for_transformers_and_llama_cpp(here, story):
     with torch.no_grad():
         back = AutoModelForCausalLM.from_pretrained(story / "out")
         assert torch.equal(back(ids).logits, model(ids))
-        gguf = AutoModelForCausalLM.from_pretrained(story / "out", gguf_file="out-F16.gguf")
-        torch.testing.assert_close(gguf(ids).logits, model(ids), rtol=0, atol=1e-2)
     code, _, error = here("export", str(path), "out")
     assert code == 2 and error.startswith("error: out: it exists and is not an empty folder")
 

@@ -104,10 +104,11 @@ def test_a_rung_is_told_for_people_and_for_machines():
     out = Rung("argmax like llama.cpp's", None, "no such file")
     assert [rung.holds for rung in (good, bad, out)] == [True, False, None]
     assert "FAILS    too far" in str(bad) and "left out no such file" in str(out)
-    told = json.loads(json.dumps(as_json([good, bad, out])))
+    told = json.loads(json.dumps(as_json([good, bad, out]), allow_nan=False))
     assert [row["holds"] for row in told] == [True, False, None]
     assert (told[0]["sign"], told[0]["bound"]) == ("<=", 1e-4)
     assert Rung("argmax like llama.cpp's", 0.94).holds is False
+    assert as_json([worst("logits", {"a": float("inf")})])[0]["figure"] == "inf"
 
 
 def test_the_worst_part_and_the_first_beyond_the_bound_are_named():
@@ -129,6 +130,23 @@ def test_divergence_is_zero_only_of_equals():
     logits = torch.randn(1, 4, 9)
     assert comparison.divergence(logits, logits + 3) == pytest.approx(0.0, abs=1e-6)
     assert comparison.divergence(logits, -logits) > 0.1
+
+
+def test_in_bf16_transformers_keeps_its_angles_exact(lively):
+    rounded = comparison.in_bf16(lively.model)
+    assert rounded.lm_head.weight.dtype == torch.bfloat16
+    angles = rounded.model.rotary_emb.inv_freq
+    assert angles.dtype == torch.float32
+    assert torch.equal(angles, lively.model.model.rotary_emb.inv_freq)
+    assert lively.model.lm_head.weight.dtype == torch.float32
+
+
+def test_a_config_that_is_not_the_sources_fails(config, lively):
+    model = proof.copy_reference(lively)
+    model.config = SmolLm3.ModelConfig(**{**vars(model.config), "rope_theta": 777.0})
+    rungs = {rung.name: rung for rung in proof.copied(model, lively)}
+    assert rungs["config keys that differ"].figure == 1
+    assert "rope_theta 777.0 is not 10000.0" in rungs["config keys that differ"].detail
 
 
 def test_long_logits_are_those_of_one_pass(lively):
@@ -177,7 +195,7 @@ def test_the_real_weights_pass_the_quick_ladder(smollm2):
     assert failing(rungs) == []
     by_name = {rung.name: rung for rung in rungs}
     assert [name for name, rung in by_name.items() if rung.holds is None] == [
-        "perplexity off the published"
+        "perplexity off the stored one"
     ]
     assert by_name["parameters missing"].detail == "134515008 parameters"
     assert len(by_name["gradient of each parameter"].parts) == 272

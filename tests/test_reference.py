@@ -2,6 +2,7 @@
 
 import http.server
 import importlib.metadata
+import json
 import threading
 import time
 
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 from conftest import ROOT
 from workflow import reference as module
 from workflow.config import ConfigError, load_config
-from workflow.reference import SourceError, load_reference, probe
+from workflow.reference import SourceError, complete, load_reference, probe, repair_tokenizer
 
 CACHE = ROOT / ".cache"  # the conversion takes half a minute; it is kept between test runs
 # As the official tokenizer of HuggingFaceTB/SmolLM2-135M cuts them.
@@ -84,6 +85,31 @@ def test_a_random_model_is_the_same_each_time():
     first, second = (load_reference("random", tiny, seed=5).provenance for _ in range(2))
     assert first == second
     assert load_reference("random", tiny, seed=6).provenance != first
+
+
+def test_the_pre_tokenizer_of_the_file_is_the_one_that_counts(reference, config, tmp_path):
+    """A released tokenizer_config.json names a class for which transformers drops it."""
+    reference.model.save_pretrained(tmp_path)
+    repair_tokenizer(reference.tokenizer).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    named = json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
+    file.write_text(json.dumps(named))
+    assert "Digits" not in str(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer)
+    found = load_reference(str(tmp_path), config.member)
+    assert "Digits" in str(found.tokenizer.backend_tokenizer)
+    assert found.tokenizer.eos_token == reference.tokenizer.eos_token
+
+
+def test_a_snapshot_is_complete_with_every_part_that_it_lists(tmp_path):
+    for name in ("config.json", "tokenizer.json", "model-1-of-2.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert complete(tmp_path)
+    shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert not complete(tmp_path)
+    (tmp_path / "model-2-of-2.safetensors").write_text("")
+    assert complete(tmp_path)
 
 
 # --- without network ---

@@ -140,12 +140,26 @@ def test_a_row_repeats_its_stop_token_and_the_stream_ends_with_the_last_row():
         (torch.zeros(1, 0, dtype=torch.long), {}, "the prompt is empty"),
         (torch.tensor([[1, 97]]), {}, "run from 1 to 97, the vocabulary from 0 to 96"),
         (torch.tensor([[-1, 3]]), {}, "run from -1 to 3"),
-        (torch.ones(1, 120, dtype=torch.long), {}, "120 prompt . 10 new tokens exceed"),
+        (
+            torch.ones(1, 120, dtype=torch.long),
+            {},
+            "10 new tokens do not fit",
+        ),
         (torch.ones(1, 3, dtype=torch.long), {"temperature": -1.0}, "temperature is -1.0"),
         (
             torch.ones(1, 3, dtype=torch.long),
             {"mask": torch.tensor([[True, True, False]])},
             "padding must stand on the left",
+        ),
+        (
+            torch.ones(1, 3, dtype=torch.long),
+            {"mask": torch.tensor([[True, False, True]])},
+            "padding must stand on the left",
+        ),
+        (
+            torch.ones(1, 3, dtype=torch.long),
+            {"mask": torch.tensor([[True, True]])},
+            r"mask \(1, 2\) is not of prompt \(1, 3\)",
         ),
     ],
 )

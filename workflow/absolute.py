@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,42 @@ from SmolLm3 import LlamaModel
 from .data import read_text
 from .evaluation import evaluate
 from .gguf_file import read_tensors
+from .ladder import OUTSIDE, Rung
 from .reference import Reference, find_in_package
+from .settings import ProofSettings
 
 FACTS = Path(__file__).parent.parent / "tests" / "facts"
+
+
+def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) -> Iterator[Rung]:
+    """The absolute rungs, against figures that no code of this project computed."""
+    facts = facts_of(reference)
+    if facts is None:
+        why = "no figures from outside are stored for these weights"
+        yield from (Rung(name, None, why) for name in OUTSIDE)
+    else:
+        yield from of_this_file(model, reference, facts, settings)
+    strings = hard_strings(reference)
+    wrong = strings_unlike(reference, strings) if strings else []
+    detail = ", ".join(map(repr, wrong)) or f"{len(strings or [])} strings"
+    if strings is None:
+        detail = "no ids from outside are stored for this vocabulary"
+    yield Rung("hard strings unlike official ids", len(wrong) if strings else None, detail)
+
+
+def of_this_file(
+    model: LlamaModel, reference: Reference, facts: dict[str, Any], settings: ProofSettings
+) -> Iterator[Rung]:
+    """Those that belong to one file of weights."""
+    unlike = tensors_unlike_gguf(reference)
+    detail = ", ".join(unlike[:3]) or "all dequantised by the gguf library"
+    yield Rung("tensors unlike gguf's reading", len(unlike), detail)
+    share, detail = argmax_share(model, facts)
+    yield Rung("argmax like llama.cpp's", share, detail)
+    off, detail = None, "proof.wikitext names no file"
+    if settings.wikitext is not None:
+        off, detail = perplexity_off(model, reference, facts, settings.wikitext)
+    yield Rung("perplexity off the stored one", off, detail)
 
 
 def facts_of(reference: Reference) -> dict[str, Any] | None:
@@ -63,20 +98,31 @@ def perplexity_off(
 ) -> tuple[float, str]:
     """How far the perplexity on the first windows of WikiText-2 is from the stored one."""
     told = facts["perplexity"]
+    if not text.is_file():
+        return math.inf, f"there is no file {text}"
     content, digest = read_text(text)
     if digest != told["text_sha256"]:
-        return float("inf"), f"{text} is not the text of the figure, {told['text']}"
+        return math.inf, f"{text} is not the text of the figure, {told['text']}"
     ids = reference.tokenizer.backend_tokenizer.encode(content, add_special_tokens=False).ids
     found = evaluate(model, ids[: told["windows"] * told["window"]], told["window"]).perplexity
     detail = f"{found:.4f} and {told['perplexity']}, {told['windows']} windows of {told['window']}"
     return abs(found - told["perplexity"]), detail
 
 
-def strings_unlike(reference: Reference, facts: dict[str, Any]) -> list[str]:
-    """The hard strings that the tokenizer cuts otherwise than the official one."""
+def hard_strings(reference: Reference) -> list[tuple[str, list[int]]] | None:
+    """Texts that are easily cut wrongly, with the official ids, if the vocabulary is SmolLM's."""
+    file = FACTS / "smollm-tokenizer.json"
+    if not file.is_file():
+        return None
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    words = sorted(reference.tokenizer.get_vocab().items())
+    digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    return stored["ids"] if stored["vocabulary_sha256"] == digest else None
+
+
+def strings_unlike(reference: Reference, strings: list[tuple[str, list[int]]]) -> list[str]:
+    """The texts that the reference's tokenizer cuts otherwise."""
     backend = reference.tokenizer.backend_tokenizer
     return [
-        text
-        for text, ids in facts["hard_strings"]["ids"]
-        if backend.encode(text, add_special_tokens=False).ids != ids
+        text for text, ids in strings if backend.encode(text, add_special_tokens=False).ids != ids
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -46,13 +47,20 @@ def resume(part: argparse.ArgumentParser) -> None:
 
 def generate(part: argparse.ArgumentParser) -> None:
     weights(part)
-    part.add_argument("prompt", metavar="PROMPT", nargs="?", default="-", help="- reads stdin")
+    stdin = {"type": text_or_stdin, "nargs": "?", "default": "-"}
+    part.add_argument("prompt", metavar="PROMPT", help="by default, or for -, stdin", **stdin)
     part.add_argument("--chat", action="store_true", help="ask, in the Instruct model's template")
     part.add_argument("--tokens", type=int, default=64, help="how many new ones (default: 64)")
-    part.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
+    words = "0 is greedy, the default; 1 if one of the next is given"
+    part.add_argument("--temperature", type=float, help=words)
     part.add_argument("--top-k", type=int, help="draw from the likeliest so many tokens")
     part.add_argument("--top-p", type=float, default=1.0, help="... that reach this share together")
     part.add_argument("--min-p", type=float, default=0.0, help="... of this share of the likeliest")
+
+
+def text_or_stdin(word: str) -> str:
+    """A prompt, or all of stdin without the newline that ends it."""
+    return sys.stdin.read().removesuffix("\n") if word == "-" else word
 
 
 def evaluate(part: argparse.ArgumentParser) -> None:

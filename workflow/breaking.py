@@ -11,11 +11,12 @@ import copy
 import datetime
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -102,11 +103,12 @@ def random_head(model: LlamaModel) -> AbstractContextManager:
 
 
 def other_eps(model: LlamaModel) -> AbstractContextManager:
-    """eps 1e-6, the default of many a config class, instead of 1e-5."""
+    """eps 1e-6, the default of many a config class, instead of 1e-5; if that is right, 1e-5."""
     stack = ExitStack()
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
-            stack.enter_context(patch.object(module, "eps", 1e-6))
+            eps = 1e-5 if module.eps == 1e-6 else 1e-6
+            stack.enter_context(patch.object(module, "eps", eps))
     return stack
 
 
@@ -128,7 +130,7 @@ MISTAKES: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
     "no 1/sqrt(D)": unscaled_scores,
     "no causal mask": no_causal_mask,
     RANDOM_HEAD: random_head,
-    "eps 1e-6": other_eps,
+    "eps of another model": other_eps,
     TWICE: targets_shifted_twice,
 }
 
@@ -189,13 +191,21 @@ def study(
     with torch.no_grad():
         theirs = states(reference.model, ids)
     broken = [break_with(name, model, reference, ids, theirs) for name in MISTAKES]
+    made_of = {
+        "weights_sha256": reference.provenance.weights_sha256,
+        "text_sha256": corpus.text_sha256,
+        "held_out_tokens": settings.tokens,
+        "batch": [settings.batch_size, settings.sequence_length],
+    }
     if not settings.steps:
-        return broken, told(settings.record, reference)
+        return broken, told(settings.record, made_of)
+    shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length}
+    train = config.train.model_copy(update={**shape, "eps": settings.eps})
     curves = []
     for name, rate in pairs(settings):
         how = {"rate": rate, "steps": settings.steps, "seed": config.run.seed}
-        curves.append(train_with(name, model, corpus, ids, config.train, **how))
-        keep(curves, reference, config)
+        curves.append(train_with(name, model, corpus, ids, train, **how))
+    keep(curves, settings.record, made_of)
     return broken, curves
 
 
@@ -241,32 +251,30 @@ def train_with(
 # --- the record -----------------------------------------------------------------------------------
 
 
-def keep(curves: Sequence[Curve], reference: Reference, config: Config) -> None:
-    """Keeps curves with what they were made of."""
-    shape = f"{config.train.batch_size} x {config.train.sequence_length} tokens"
+def keep(curves: Sequence[Curve], file: Path, made_of: Mapping[str, Any]) -> None:
+    """Keeps curves with what they were made of, when and where."""
+    rows = [
+        {**asdict(curve), "losses": [round(loss, 4) for loss in curve.losses]} for curve in curves
+    ]
+    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     record = {
-        "weights": str(reference.provenance),
-        "weights_sha256": reference.provenance.weights_sha256,
-        "data": config.data.text.name,
-        "loop": f"{config.breaking.steps} steps of {shape}, AdamW, constant rate",
+        **made_of,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, torch {torch.__version__}",
-        "curves": [
-            {**asdict(curve), "losses": [round(loss, 4) for loss in curve.losses]}
-            for curve in curves
-        ],
+        "machine": where,
+        "curves": rows,
     }
-    config.breaking.record.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(config.breaking.record, json.dumps(record, indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, json.dumps(record) + "\n")
 
 
-def told(file: Path, reference: Reference) -> list[Curve]:
-    """The kept curves, if they are of these weights."""
+def told(file: Path, made_of: Mapping[str, Any]) -> list[Curve]:
+    """The kept curves, if they are of the same weights, text and batch."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if record.get("weights_sha256") != reference.provenance.weights_sha256:
+    if any(record.get(key) != value for key, value in made_of.items()):
         return []
-    print(f"Curves told from {file}: {record['date']}, {record['loop']}")
-    return [Curve(**curve) for curve in record["curves"]]
+    curves = [Curve(**curve) for curve in record["curves"]]
+    print(f"Curves told from {file}: {len(curves[0].losses)} steps each, of {record['date']}")
+    return curves
 
 
 def table(broken: Sequence[Broken], curves: Sequence[Curve], settings: BreakingSettings) -> str:

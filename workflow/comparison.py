@@ -7,6 +7,7 @@ infinite: no bound lets them pass.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 
@@ -96,6 +97,18 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
         name if name.startswith("lm_head.") else prefix + name: gradient
         for name, gradient in zip(parameters, found, strict=True)
     }
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    """A copy with weights in bf16; buffers, transformers' angles, stay as exact as they are.
+
+    So does `from_pretrained(…, dtype=torch.bfloat16)`; `.bfloat16()` alone would round them, too.
+    """
+    rounded = copy.deepcopy(model).bfloat16()
+    for original, module in zip(model.modules(), rounded.modules(), strict=True):
+        for name, buffer in original.named_buffers(recurse=False):
+            setattr(module, name, buffer.clone())
+    return rounded
 
 
 def divergence(ours: Tensor, theirs: Tensor) -> float:

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from SmolLm3 import LlamaModel
 
 from . import WorkflowError
 
+HALF = "\N{REPLACEMENT CHARACTER}"  # what a part of a character is decoded to
 # Where a text or an answer ends, in the members' vocabularies.
 STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
 
@@ -31,27 +31,40 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
+def sampling(
+    temperature: float | None, top_k: int | None, top_p: float, min_p: float
+) -> dict[str, Any]:
+    """Options of `LlamaModel.stream`: greedy, unless something says that tokens are to be drawn."""
+    if temperature is None:
+        temperature = 1.0 if top_k is not None or top_p != 1.0 or min_p != 0.0 else 0.0
+    return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+
+
 def text_pieces(
     model: LlamaModel,
-    tokenizer: Tokenizer,
+    tokenizer,
     ids: list[int],
     new_tokens: int,
     options: Mapping[str, Any],
 ) -> Iterator[str]:
     """The continuation of `ids`, piece by piece, until a token of `STOPS`.
 
-    A token can be a part of a character; it is held back until the character is whole. options: of
-    `LlamaModel.stream`.
+    A token can be a part of a character; it is held back until the character is whole. tokenizer:
+    transformers'. options: of `LlamaModel.stream`.
     """
+    tokenizer = tokenizer.backend_tokenizer
     stops = [tokenizer.token_to_id(word) for word in STOPS]
     stops = [number for number in stops if number is not None]
     ids, shown = list(ids), tokenizer.decode(ids, skip_special_tokens=False)
     prompt = torch.tensor([ids], dtype=torch.long, device=model.embed_tokens.weight.device)
+    text = shown
     for token in model.stream(prompt, new_tokens, stop_ids=stops, **options):
         if token.item() in stops:
-            return
+            break
         ids.append(token.item())
         text = tokenizer.decode(ids, skip_special_tokens=False)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+        if not text.endswith(HALF):
             yield text.removeprefix(shown)
             shown = text
+    if rest := text.removeprefix(shown).rstrip(HALF):  # whole characters before a half one
+        yield rest

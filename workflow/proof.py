@@ -7,9 +7,9 @@ the figures were seen, or tokens, which are either the same or not.
 
 from __future__ import annotations
 
-import copy
 import math
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from SmolLm3 import KVCache, LlamaModel, hf_state_dict, load_hf_weights
+from SmolLm3 import KVCache, LlamaModel, ModelConfig, hf_state_dict, load_hf_weights
 
 from . import absolute, comparison
 from .comparison import largest, relative
 from .export import export
-from .ladder import BOUNDS, Rung, failing, worst
+from .ladder import Rung, failing, worst
 from .prompts import LONG_PROMPT, MAX_PROMPT_TOKENS, PROMPTS
 from .reference import Reference, architecture_rows
 from .settings import ProofSettings
 from .update import NextTokenLoss
-
-CONTEXT = 8192  # tokens, at most, of the longest text
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
@@ -57,9 +55,9 @@ def count(tensors: Mapping[str, Tensor]) -> int:
 def verify(
     model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
 ) -> list[Rung]:
-    """Climbs the ladder, printing each rung with the seconds that it took."""
+    """Climbs the ladder, printing each rung as it is reached."""
     rungs, began = [], time.perf_counter()
-    print(f"{'rung':<36}{'figure':>10}  {'bound':<11} verdict")
+    print(f"{'rung':<35}{'figure':>9}  {'bound':<10}verdict")
     for rung in climb(model, reference, settings, text):
         rungs.append(rung)
         print(rung)
@@ -77,7 +75,7 @@ def climb(
     """
     long = encode(reference, LONG_PROMPT)
     with torch.no_grad():
-        yield from outside(model, reference, settings)
+        yield from absolute.outside(model, reference, settings)
         yield from copied(model, reference)
         yield tokenizer_rung(reference, text)
         yield from computed(model, comparison.states(reference.model, long), long)
@@ -89,43 +87,22 @@ def climb(
         yield padding_rung(model, reference)
         yield from exported(model, reference, long)
         if not settings.quick:
-            ids = torch.tensor([reference.tokenizer.backend_tokenizer.encode(text).ids])
-            yield from long_texts(model, reference, ids)
+            backend = reference.tokenizer.backend_tokenizer
+            ids = backend.encode(text, add_special_tokens=False).ids
+            yield from long_texts(model, reference, torch.tensor([ids]))
             yield from few_bits(model, reference, long)
 
 
 # --- what was copied ------------------------------------------------------------------------------
 
 
-def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) -> Iterator[Rung]:
-    """The absolute rungs, against figures that no code of this project computed."""
-    names = list(BOUNDS)[:4]
-    facts = absolute.facts_of(reference)
-    if facts is None:
-        why = "no outside figures are stored for these weights"
-        yield from (Rung(name, None, why) for name in names)
-        return
-    unlike = absolute.tensors_unlike_gguf(reference)
-    yield Rung(
-        names[0], len(unlike), ", ".join(unlike[:3]) or "all dequantised by the gguf library"
-    )
-    share, detail = absolute.argmax_share(model, facts)
-    yield Rung(names[1], share, detail)
-    if settings.wikitext is None:
-        yield Rung(names[2], None, "proof.wikitext names no file")
-    else:
-        off, detail = absolute.perplexity_off(model, reference, facts, settings.wikitext)
-        yield Rung(names[2], off, detail)
-    wrong = absolute.strings_unlike(reference, facts)
-    detail = ", ".join(map(repr, wrong)) or f"{len(facts['hard_strings']['ids'])} strings"
-    yield Rung(names[3], len(wrong), detail)
-
-
 def copied(model: LlamaModel, reference: Reference) -> Iterator[Rung]:
     """Config and weights."""
-    rows = architecture_rows(reference.member.architecture, reference.config)
-    unequal = [f"{key}: {mine} and {theirs}" for key, mine, theirs, same in rows if not same]
-    detail = "; ".join(unequal) or ", ".join(f"{key} {mine}" for key, mine, _, _ in rows)
+    source = ModelConfig.from_hf(reference.model.config)
+    rows = architecture_rows(reference.member.architecture, source)
+    rows += [row for row in architecture_rows(model.config, source) if not row[-1]]
+    unequal = [f"{key} {mine} is not {theirs}" for key, mine, theirs, same in rows if not same]
+    detail = ", ".join(unequal or [f"{key} {mine} = {theirs}" for key, mine, theirs, _ in rows])
     yield Rung("config keys that differ", len(unequal), f"YAML and source: {detail}")
     ours, theirs = hf_state_dict(model), reference.state_dict
     odd = sorted(ours.keys() ^ theirs.keys())
@@ -139,7 +116,8 @@ def copied(model: LlamaModel, reference: Reference) -> Iterator[Rung]:
 
 def tokenizer_rung(reference: Reference, text: str) -> Rung:
     backend = reference.tokenizer.backend_tokenizer
-    back = backend.decode(backend.encode(text).ids, skip_special_tokens=False)
+    ids = backend.encode(text, add_special_tokens=False).ids
+    back = backend.decode(ids, skip_special_tokens=False)
     lost = sum(a != b for a, b in zip(text, back)) + abs(len(text) - len(back))
     return Rung("characters lost by the tokenizer", lost, f"of {len(text)}, encoded and decoded")
 
@@ -195,8 +173,10 @@ def gradient_rung(model: LlamaModel, reference: Reference, ids: Tensor) -> Rung:
     """The trainer's gradients, before clipping, against transformers' own."""
     ours = comparison.gradients(model, loss_of(model, ids))
     reference.model.requires_grad_(True)
-    theirs = comparison.gradients(reference.model, reference.model(ids, labels=ids).loss)
-    reference.model.requires_grad_(False)
+    try:
+        theirs = comparison.gradients(reference.model, reference.model(ids, labels=ids).loss)
+    finally:
+        reference.model.requires_grad_(False)
     parts = {
         name: relative(ours[name], theirs[name]) if name in ours else math.inf for name in theirs
     }
@@ -311,17 +291,22 @@ def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[R
 
 
 def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Rung]:
-    """2048 tokens, and the whole context that the model promises, of ids (1, N)."""
-    context = min(model.config.max_position_embeddings, ids.shape[1], CONTEXT)
+    """2048 and 8192 tokens of ids (1, N), or all that the model's context holds.
+
+    A shorter text is repeated.
+    """
+    context = min(model.config.max_position_embeddings, 8192)
+    ids = ids.repeat(1, -(-context // ids.shape[1]))
     names = ("logits, 2048 tokens", "logits, 2048 tokens, to eager")
     yield from attention_rungs(*names, model, reference, ids[:, : min(2048, context)])
     sides = (
         comparison.chunks_of_logits(side, ids[:, :context]) for side in (model, reference.model)
     )
     difference = max(largest(*pair) for pair in zip(*sides, strict=True))
-    yield Rung("logits, whole context", difference, f"{context} tokens")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    yield Rung("peak memory, GB", peak, "of this process, both models in it")
+    yield Rung("logits, 8192 tokens", difference, f"{context} tokens")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of `ru_maxrss`
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    yield Rung("peak memory, GB", peak, "of this process so far, both models in it")
 
 
 def few_bits(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Rung]:
@@ -329,12 +314,13 @@ def few_bits(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[R
     exact = reference.model(ids).logits
     figures = []
     for rounded in (model, reference.model):
-        logits = comparison.logits(copy.deepcopy(rounded).bfloat16(), ids)
+        logits = comparison.logits(comparison.in_bf16(rounded), ids)
         losses = [each[0, :-1].float().log_softmax(dim=-1) for each in (logits, exact)]
         off = [loss.gather(-1, ids[0, 1:, None]) for loss in losses]
         off = (off[0] - off[1]).abs().mean().item()  # a token: of the mean, noise is left
         figures.append((comparison.divergence(logits, exact), off))
-    for name, (ours, theirs) in zip(list(BOUNDS)[-2:], zip(*figures, strict=True), strict=True):
+    names = ("bf16, divergence", "bf16, loss of each token")
+    for name, ours, theirs in zip(names, *figures, strict=True):
         yield multiple(name, ours, theirs, "nats a token")
 
 

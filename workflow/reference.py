@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import threading
@@ -47,7 +48,9 @@ HUB_FILES = [
     "config.json",
     "generation_config.json",
     "*.safetensors",
+    "*.safetensors.index.json",
     "tokenizer*.json",
+    "*.jinja",
     "special_tokens_map.json",
 ]
 
@@ -91,7 +94,11 @@ class Reference:
     def end_of_text(self) -> int:
         """The id of the token that joins documents."""
         words = self.tokenizer.get_vocab()
-        return next(words[word] for word in ENDS_OF_TEXT if word in words)
+        found = [words[word] for word in ENDS_OF_TEXT if word in words]
+        if not found:
+            what = f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)}"
+            raise SourceError(self.provenance.name, what, "choose another source")
+        return found[0]
 
 
 def load_reference(
@@ -114,7 +121,9 @@ def load_reference(
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # not AutoTokenizer: a released tokenizer_config.json names GPT2Tokenizer, for which
+        # transformers 5.24 drops the pre-tokenizer that stands in tokenizer.json
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     model.requires_grad_(False).eval()
     config = compare_architecture(member.architecture, model.config, origin)
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
@@ -163,9 +172,7 @@ def from_hub(member: Member) -> Path:
     wanted = {"repo_id": member.hub_id, "revision": member.revision, "allow_patterns": HUB_FILES}
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if all(
-            any(folder.glob(file)) for file in ("config.json", "tokenizer.json", "*.safetensors")
-        ):
+        if complete(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
@@ -178,6 +185,16 @@ def from_hub(member: Member) -> Path:
     except Exception as error:  # the client's own errors, and those of every layer below it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(member.hub_id, f"the download failed ({reason})", "run again") from None
+
+
+def complete(folder: Path) -> bool:
+    """Whether a snapshot has all that is read; of weights in several files, all that it lists."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ()
+    return all(
+        any(folder.glob(file))
+        for file in ("config.json", "tokenizer.json", "*.safetensors", *shards)
+    )
 
 
 def probe(url: str, seconds: float = PROBE_SECONDS) -> str | None:

@@ -60,7 +60,7 @@ class DataSettings(Section):
 
 class ProofSettings(Section):
     new_tokens: PositiveInt  # length of each greedy continuation
-    quick: bool  # leaves out the rungs that take minutes: long texts and bf16
+    quick: bool  # in the notebook: leaves out long texts and bf16; `main.py verify` has --quick
     wikitext: Path | None  # WikiText-2 raw test without its empty lines, if at hand
 
 
@@ -69,6 +69,9 @@ class BreakingSettings(Section):
 
     tokens: PositiveInt  # of held-out text, for errors and losses
     steps: Count  # of training with each mistake; 0: told from the record
+    batch_size: PositiveInt
+    sequence_length: PositiveInt
+    eps: PositiveFloat
     learning_rate: PositiveFloat  # a plausible one
     other_rates: tuple[PositiveFloat, ...]  # tried on the truth and where the loss starts high
     record: Path  # where the curves are kept
