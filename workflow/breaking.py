@@ -172,7 +172,8 @@ def break_with(
         loss = loss_of(model, ids).item()
     told = {rung.name: rung for rung in rungs}
     failed: Rung | None = next((rung for rung in rungs if rung.holds is False), None)
-    where = (failed.first or failed.detail) if failed else ""
+    named = failed and failed.name == "tensors missing or extra"
+    where = (failed.first or (failed.detail if named else "")) if failed else ""
     layers = list(told["hidden state after each layer"].parts.values())
     return Broken(name, failed and failed.name, where, told["logits"].figure, layers, loss)
 
@@ -282,11 +283,11 @@ def table(broken: Sequence[Broken], curves: Sequence[Curve], settings: BreakingS
     plausible = [curve for curve in curves if curve.rate == settings.learning_rate]
     after = {curve.name: f"{curve.after:.3f}" for curve in plausible}
     lines = [
-        f"{'mistake':<26}{'first rung that fails':<31}{'where':<16}{'logit error':>11}"
+        f"{'mistake':<27}{'first rung that fails':<31}{'where':<16}{'logit error':>11}"
         f"{'loss':>8}{'trained':>9}"
     ]
     lines += [
-        f"{row.name:<26}{row.rung or 'none':<31}{row.where:<16}{row.logit_error:>11.2e}"
+        f"{row.name:<27}{row.rung or 'none':<31}{row.where:<16}{row.logit_error:>11.2e}"
         f"{row.loss:>8.3f}{after.get(row.name, '-'):>9}"
         for row in broken
     ]
@@ -295,11 +296,11 @@ def table(broken: Sequence[Broken], curves: Sequence[Curve], settings: BreakingS
 
 def curve_table(curves: Sequence[Curve]) -> str:
     """Between which losses each curve ran."""
-    head = f"{'mistake':<26}{'rate':>8}{'first':>9}{'least':>9}{'most':>9}{'last':>9}"
+    head = f"{'mistake':<27}{'rate':>8}{'first':>9}{'least':>9}{'most':>9}{'last':>9}"
     return "\n".join(
         [head]
         + [
-            f"{c.name:<26}{c.rate:>8g}{c.losses[0]:>9.3f}{min(c.losses):>9.3f}"
+            f"{c.name:<27}{c.rate:>8g}{c.losses[0]:>9.3f}{min(c.losses):>9.3f}"
             f"{max(c.losses):>9.3f}{c.losses[-1]:>9.3f}"
             for c in curves
         ]
