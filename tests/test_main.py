@@ -228,7 +228,7 @@ def recorded(story, folder: str = "runs") -> list[float]:
 
 
 def test_killed_or_interrupted_and_run_again_every_loss_is_that_of_a_run_left_alone(command, story):
-    settings = ("train.steps=400", "train.checkpoint_every=50")
+    settings = ("train.steps=1500", "train.checkpoint_every=50")
     killed = start_training(story, *settings)
     killed.kill()
     killed.communicate()
@@ -239,7 +239,7 @@ def test_killed_or_interrupted_and_run_again_every_loss_is_that_of_a_run_left_al
     assert command("train", *options(*settings)).returncode == 0
     alone = command("train", *options(*settings, "paths.checkpoints=a", "paths.runs=a"))
     assert alone.returncode == 0, alone.stderr
-    assert len(recorded(story)) == 400
+    assert len(recorded(story)) == 1500
     assert recorded(story) == recorded(story, "a")
 
 

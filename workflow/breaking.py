@@ -11,6 +11,7 @@ import copy
 import datetime
 import json
 import platform
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
@@ -237,7 +238,8 @@ def train_with(
         optimizer = make_optimizer(model, settings)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        for step in tqdm(range(steps), desc=f"{name}, rate {rate:g}", mininterval=5.0):
+        bar = {"desc": f"{name}, rate {rate:g}", "mininterval": 5.0, "leave": False}
+        for step in tqdm(range(steps), file=sys.stdout, **bar):
             shape = settings.batch_size, settings.sequence_length
             loss = loss_module(*batch_at(corpus.train, step, *shape, seed))
             loss.backward()
