@@ -48,4 +48,4 @@ def test_errors_by_layer_are_drawn_one_line_each():
     assert list(axes.lines[1].get_ydata()) == [0.5, 0.7]
     assert len({line.get_marker() for line in axes.lines}) == 2  # readable without colours
     assert axes.get_yscale() == "log"
-    assert axes.get_xlabel() == "layer" and "share of the largest" in axes.get_ylabel()
+    assert axes.get_xlabel() == "layer" and "largest error" in axes.get_ylabel()

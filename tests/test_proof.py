@@ -124,6 +124,15 @@ def test_what_cannot_be_compared_is_infinitely_far():
     assert comparison.relative(one * 3, one * 2) == 0.5
     assert comparison.relative(one * 0, one * 0) == 0.0
     assert worst("logits", {"a": float("inf")}).holds is False
+    assert comparison.relative_by_position(one, torch.ones(3)) == float("inf")
+    assert comparison.relative_by_position(one[None] * float("nan"), one[None]) == float("inf")
+
+
+def test_a_position_with_huge_values_hides_no_error_of_another():
+    theirs = torch.tensor([[[2e4, 1.0], [1.0, 2.0], [0.0, 0.0]]])
+    ours = theirs + torch.tensor([[[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]])
+    assert comparison.relative_by_position(ours, theirs) == 0.25
+    assert comparison.relative(ours, theirs) < 1e-4
 
 
 def test_divergence_is_zero_only_of_equals():

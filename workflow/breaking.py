@@ -146,7 +146,7 @@ class Broken:
     rung: str | None  # None: all of them hold
     where: str  # layer or tensor
     logit_error: float  # largest, absolute
-    by_layer: list[float]  # relative error after each layer
+    by_layer: list[float]  # relative error after each layer, as in the ladder
     loss: float  # nats a token, on held-out text, with the mistake in place
 
 
@@ -274,6 +274,7 @@ def told(file: Path, made_of: Mapping[str, Any]) -> list[Curve]:
     """The kept curves, if they are of the same weights, text and batch."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if any(record.get(key) != value for key, value in made_of.items()):
+        print("No curves are kept for these weights and this text; breaking.steps=100 trains them")
         return []
     curves = [Curve(**curve) for curve in record["curves"]]
     print(f"Curves told from {file}: {len(curves[0].losses)} steps each, of {record['date']}")

@@ -108,7 +108,7 @@ def error_by_layer(errors: Mapping[str, Sequence[float]]) -> Figure:
         layers = range(1, len(values) + 1)
         axes.semilogy(layers, values, marker=marker, markersize=5, linewidth=1, label=name)
     axes.set_xlabel("layer")
-    axes.set_ylabel("largest error, as a share of the largest value")
+    axes.set_ylabel("largest error, share of the\nposition's largest value")
     axes.set_title("States of broken models against the original")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

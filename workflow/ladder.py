@@ -22,14 +22,14 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "parameters missing": ("=", 0),
     "tensors that differ": ("=", 0),
     "characters lost by the tokenizer": ("=", 0),
-    # what is computed, in the order of computation; relative to the largest value of the original
+    # what is computed, in the order of computation; relative to the position's largest value
     "embeddings": ("<=", 1e-5),
     "hidden state after each layer": ("<=", 1e-5),
     "final norm": ("<=", 1e-5),
     "logits": ("<=", 1e-4),  # absolute, from here on
     "loss": ("<=", 1e-5),  # nats a token
     "logits, to eager": ("<=", 2.0),  # as a multiple of what eager is from SDPA
-    "gradient of each parameter": ("<=", 1e-4),  # relative
+    "gradient of each parameter": ("<=", 1e-4),  # relative to its largest value
     # what is generated
     "greedy tokens that differ": ("=", 0),
     "logits over prompt and greedy text": ("<=", 1e-4),

@@ -128,7 +128,11 @@ def tokenizer_rung(reference: Reference, text: str) -> Rung:
 def computed(model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor) -> Iterator[Rung]:
     """Every state on the way from ids (1, T) to the loss, against the reference's `states`."""
     ours = comparison.states(model, ids)
-    parts = {name: relative(ours[name], state) for name, state in theirs.items() if name in ours}
+    parts = {
+        name: comparison.relative_by_position(ours[name], state)
+        for name, state in theirs.items()
+        if name in ours
+    }
     yield Rung("embeddings", parts.pop("embed_tokens"), f"{ids.shape[1]} tokens")
     norm = parts.pop("norm")
     del parts["logits"]
