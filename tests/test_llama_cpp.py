@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from workflow.absolute import facts_of
+from workflow.absolute import facts_of, hard_strings
 from workflow.export import export
 from workflow.proof import PROMPTS, copy_reference, encode
 
@@ -39,16 +39,15 @@ def ask(model, **request) -> dict:
 
 
 def test_llama_cpp_continues_the_exported_file_as_we_do(smollm2, tmp_path):
-    model, facts = copy_reference(smollm2), facts_of(smollm2)
+    model, strings = copy_reference(smollm2), hard_strings(smollm2)
     export(model, smollm2.tokenizer, tmp_path / "out", gguf="F32")
     prompts = [encode(smollm2, text) for _, text in PROMPTS[:5]]
-    strings = [text for text, _ in facts["hard_strings"]["ids"]]
     answer = ask(
         tmp_path / "out" / "out-F32.gguf",
-        texts=strings,
+        texts=[text for text, _ in strings],
         **{"continue": {"prompts": [p[0].tolist() for p in prompts], "new_tokens": NEW_TOKENS}},
     )
-    assert answer["ids"] == [ids for _, ids in facts["hard_strings"]["ids"]]
+    assert answer["ids"] == [ids for _, ids in strings]
     for prompt, theirs in zip(prompts, answer["continuations"], strict=True):
         ours = model.generate(prompt, NEW_TOKENS)[0, prompt.shape[1] :].tolist()
         assert len(theirs) == NEW_TOKENS
