@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from conftest import ROOT
 from workflow import absolute
 from workflow.proof import copy_reference
 
@@ -74,8 +73,3 @@ def test_perplexity_is_told_of_the_right_text_only(config, reference, tmp_path):
 @pytest.mark.slow
 def test_all_tensors_are_as_gguf_reads_them(smollm2):
     assert absolute.tensors_unlike_gguf(smollm2) == []
-
-
-def test_facts_name_no_path_of_a_machine():
-    for file in (ROOT / "tests" / "facts").iterdir():
-        assert "/home/" not in file.read_text() and "/work/" not in file.read_text()
