@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from SmolLm3 import LlamaModel
+from SmolLm3 import LlamaModel, hf_name
 
 CHUNK = 256  # positions whose logits exist at the same time
 
@@ -105,11 +105,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of `loss` by each parameter, under Hugging Face's names."""
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()))
-    prefix = "model." if isinstance(model, LlamaModel) else ""
-    return {
-        name if name.startswith("lm_head.") else prefix + name: gradient
-        for name, gradient in zip(parameters, found, strict=True)
-    }
+    names = map(hf_name, parameters) if isinstance(model, LlamaModel) else parameters
+    return dict(zip(names, found, strict=True))
 
 
 def in_bf16(model: nn.Module) -> nn.Module:

@@ -7,7 +7,6 @@ rows of q and k are stored permuted (llama.cpp, convert_hf_to_gguf.py, `LlamaMod
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def read_tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]
 
 
 def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -> None:
-    """Writes weights and tokenizer (transformers' fast one) whole or not at all.
+    """Writes weights and tokenizer (transformers' fast one); `export` sees to it that it is whole.
 
     kind: one of `KINDS`. name: what the weights honestly are. Raises WorkflowError for an
     architecture that GGUF's `llama` does not have.
@@ -73,23 +72,18 @@ def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -
     if [part["type"] for part in cuts.get("pretokenizers", [])] != ["Digits", "ByteLevel"]:
         what = "GGUF cannot name how this tokenizer cuts a text: it is not SmolLM's"
         raise WorkflowError(path, what, "omit --gguf")
-    unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    writer = gguf.GGUFWriter(unfinished, "llama")
-    try:
-        add_metadata(writer, config, KINDS[kind], name)
-        add_tokenizer(writer, tokenizer, config.vocab_size)
-        names = gguf_names(model)
-        for key, weight in hf_state_dict(model).items():
-            values = permuted(key, weight.float().cpu().numpy(), config, back=False)
-            wanted = gguf.GGMLQuantizationType[stored_kind(kind, weight)]
-            writer.add_tensor(names[key], quantize(values, wanted), raw_dtype=wanted)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    writer = gguf.GGUFWriter(path, "llama")
+    add_metadata(writer, config, KINDS[kind], name)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf_names(model)
+    for key, weight in hf_state_dict(model).items():
+        values = permuted(key, weight.float().cpu().numpy(), config, back=False)
+        wanted = gguf.GGMLQuantizationType[stored_kind(kind, weight)]
+        writer.add_tensor(names[key], quantize(values, wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def stored_kind(kind: str, weight: Tensor) -> str:

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-# Every rung, in the order of the climb, and what its figure must be. "<=" and "=" are to be read
-# with the figure on the left.
+# Every rung, in the order of the climb, and what its figure must be: the figure stands on the left.
 BOUNDS: dict[str, tuple[str, float]] = {
     # absolute: what does not depend on one reading of the file; for the wheel's weights
     "tensors unlike gguf's reading": ("=", 0),
