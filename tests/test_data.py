@@ -1,6 +1,7 @@
 """Text becomes batches: what is kept, what is held out, and in which order it comes."""
 
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import ROOT
+from workflow import data
 from workflow.data import (
     DataError,
     batch_at,
     load_corpus,
+    read_parts,
     read_text,
     split_point,
     tokenize,
@@ -26,7 +29,7 @@ def tokenizer(reference) -> Tokenizer:
 
 def test_documents_start_at_headings_and_end_with_the_end_of_text(tokenizer):
     text = "before\n\n = One = \n\nfirst\n\n = = Part = = \n\nmore\n\n = Two = \n\nsecond\n"
-    ids = tokenize(text, tokenizer, 0)
+    (ids,) = tokenize([text], tokenizer, 0)
     ends = [place for place, token in enumerate(ids) if token == 0]
     starts = [0, *(end + 1 for end in ends[:-1])]
     documents = [tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
@@ -35,6 +38,29 @@ def test_documents_start_at_headings_and_end_with_the_end_of_text(tokenizer):
         " = One = \n\nfirst\n\n = = Part = = \n\nmore",
         " = Two = \n\nsecond",
     ]
+
+
+@pytest.mark.parametrize("size", [100, 1000, 30_000])
+def test_a_text_read_in_parts_gives_the_ids_of_the_whole(smollm2, monkeypatch, size):
+    tokenizer, path = smollm2.tokenizer.backend_tokenizer, ROOT / "input.txt"
+    whole = [token for ids in tokenize(read_parts(path), tokenizer, 0) for token in ids]
+    monkeypatch.setattr(data, "PART", size)
+    parts = list(tokenize(read_parts(path), tokenizer, 0))
+    assert [token for ids in parts for token in ids] == whole
+    assert len(parts) > 5
+
+
+@pytest.mark.slow
+def test_one_line_of_100_mb_takes_bounded_memory(tokenizer, tmp_path):
+    text = tmp_path / "line.txt"
+    with open(text, "wb") as file:
+        for _ in range(100):
+            file.write(b"words " * 87_382 + b"x" * 524_288)  # spaces, then none for long
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    corpus = load_corpus(text, tokenizer, 0, 0.1, 16, tmp_path / "cache")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert len(corpus.train) + len(corpus.validation) == text.stat().st_size + 1
+    assert grown < 1_500_000  # kB
 
 
 def test_the_held_out_part_starts_with_a_document_where_one_starts():
@@ -116,7 +142,7 @@ def test_validation_covers_the_held_out_tokens_in_order_without_padding():
         (b"", "the file is empty"),
         (b" \n\n", "the file is empty"),
         (b"abc\xffdef", "byte 3 is not UTF-8"),
-        (b"abc\0def", "character 3 is a NUL"),
+        (b"abc\0def", "byte 3 is a NUL"),
         (b"short", "5 tokens to train on, one sequence needs 17"),
     ],
 )

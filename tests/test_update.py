@@ -1,5 +1,6 @@
 """Loss, rate and optimizer."""
 
+import copy
 import itertools
 import math
 
@@ -8,7 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from SmolLm3 import LlamaModel
-from workflow.update import NextTokenLoss, learning_rate, load_optimizer, make_optimizer
+from workflow.update import (
+    NextTokenLoss,
+    evaluating,
+    learning_rate,
+    load_optimizer,
+    make_optimizer,
+    optimizer_state,
+)
 
 
 @pytest.fixture
@@ -69,7 +77,7 @@ def test_loading_moments_keeps_the_settings_of_the_new_optimizer(model, config):
     optimizer.step()
     other = config.train.model_copy(update={"weight_decay": 0.7, "learning_rate": 0.5})
     fresh = make_optimizer(model, other)
-    load_optimizer(fresh, optimizer.state_dict())
+    load_optimizer(fresh, optimizer_state(optimizer))
     assert fresh.param_groups[0]["weight_decay"] == 0.7
     assert fresh.param_groups[0]["lr"] == 0.5
     for parameter in model.parameters():
@@ -81,11 +89,39 @@ def test_moments_of_another_optimizer_are_refused(model, config):
     optimizer = make_optimizer(model, config.train)
     NextTokenLoss(model)(torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4).long()).backward()
     optimizer.step()
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["param_names"].reverse()
-    with pytest.raises(ValueError, match="the same in another order"):
-        load_optimizer(make_optimizer(model, config.train), saved)
-    saved["param_groups"][0]["param_names"].reverse()
-    del saved["state"][0]["exp_avg_sq"]
-    with pytest.raises(ValueError, match="lacks moments of 1 parameters"):
-        load_optimizer(make_optimizer(model, config.train), saved)
+    for change, words in (
+        (lambda saved: saved.update(kind="SGD"), "its optimizer is SGD, not AdamW"),
+        (
+            lambda saved: saved["param_groups"][0]["param_names"].reverse(),
+            r"has the parameter \S+down_proj.weight where this one has embed_tokens.weight",
+        ),
+        (
+            lambda saved: saved["param_groups"][1]["param_names"].pop(),
+            "has the parameter None where this one has norm.weight",
+        ),
+        (lambda saved: saved["state"].pop(0), "has no moments of embed_tokens.weight"),
+        (
+            lambda saved: saved["state"][0].pop("exp_avg_sq"),
+            r"has \['exp_avg', 'step'\] of embed_tokens.weight",
+        ),
+        (
+            lambda saved: saved["state"][0].update(exp_avg=torch.zeros(3)),
+            r"exp_avg of embed_tokens.weight is float32 \(3,\), expected float32 \(257, 32\)",
+        ),
+        (
+            lambda saved: saved["state"][0].update(exp_avg=torch.zeros(257, 32).double()),
+            r"exp_avg of embed_tokens.weight is float64 .*, expected float32",
+        ),
+    ):
+        saved = copy.deepcopy(optimizer_state(optimizer))
+        change(saved)
+        with pytest.raises(ValueError, match=words):
+            load_optimizer(make_optimizer(model, config.train), saved)
+
+
+def test_dropout_is_off_while_evaluating_and_comes_back(model):
+    model.train()
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not model.training
+        raise KeyboardInterrupt
+    assert model.training

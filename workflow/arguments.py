@@ -42,7 +42,10 @@ def verify(part: argparse.ArgumentParser) -> None:
 
 
 def resume(part: argparse.ArgumentParser) -> None:
-    part.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    words = "a file, or a run's folder for its newest"
+    part.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=words)
+    words = "may differ: a key of train, or random for missing random states"
+    part.add_argument("--allow", action="append", default=[], metavar="NAME", help=words)
 
 
 def generate(part: argparse.ArgumentParser) -> None:

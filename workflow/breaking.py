@@ -31,10 +31,10 @@ from SmolLm3 import LlamaModel, LlamaRMSNorm
 
 from .comparison import states
 from .data import Corpus, batch_at
+from .files import replace_text
 from .ladder import Rung
 from .origin import Origin, identify
 from .proof import computed, copied, loss_of
-from .record import replace_text
 from .reference import Reference
 from .settings import BreakingSettings, Config, TrainSettings
 from .update import NextTokenLoss, make_optimizer
@@ -266,8 +266,7 @@ def keep(curves: Sequence[Curve], file: Path, made_of: Mapping[str, Any]) -> Non
         "machine": where,
         "curves": rows,
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, json.dumps(record) + "\n")
+    replace_text(file, json.dumps(record) + "\n", "breaking.record")
 
 
 def told(file: Path, made_of: Mapping[str, Any]) -> list[Curve]:

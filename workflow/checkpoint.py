@@ -1,65 +1,50 @@
-"""Write whole, read verified, one writer at a time.
+"""Write whole, read verified.
 
 A checkpoint is one torch zip file with everything that the next step depends on. It is written
-beside its name, synced, read back and only then renamed, so that under its name there is always a
-whole file, old or new. It is read only after the CRC of every record was checked, which torch.load
-never does, and with `weights_only=True`.
+beside its name, read back, synced and only then renamed, so that under its name there is always a
+whole file, old or new. It is read only after its archive was looked through (`archive.py`), with
+`weights_only=True`, and used only after its own digest, its contents and every number are right.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
-import platform
-import random
 import re
-import shutil
-import socket
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from . import WorkflowError
+from SmolLm3 import hf_name
+
+from . import sha256_of
+from .archive import CheckpointError, DamagedError, check_archive
+from .files import written_whole
 
 FORMAT = "smollm-workflow checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # What the next step depends on. A file that lacks any of it cannot be resumed.
 CONTENTS = {
     "format": str,
     "format_version": int,
     "step": int,
     "model": dict,  # Hugging Face's name -> tensor
-    "optimizer": dict,  # torch's own state dict, with the parameters' names
+    "optimizer": dict,  # its kind, and torch's own state dict, with the parameters' names
     "random": dict,  # every random state
     "data": dict,  # hash and sizes of the text; with config's seed, the order of the data
     "config": dict,  # the settings of the run, as plain values
     "tokenizer": dict,  # end of text, vocabulary, sha256
     "reference": dict,  # what the weights started from, honestly named
     "environment": dict,  # where it was written: bit-exact resume is promised only there
+    "digest": str,  # sha256 over all of the above
 }
-
-
-class CheckpointError(WorkflowError):
-    """The checkpoint is damaged, foreign, or not of this run."""
-
-    exit_code = 3
-
-
-class DiskError(WorkflowError):
-    """There is not enough room, or no permission."""
-
-    exit_code = 6
-
-
-class BusyError(WorkflowError):
-    """Another process works in this folder."""
-
-    exit_code = 7
+MOST_LEAVES = 200_000  # of a file's nested values; aliases can make endless ones of a small file
+WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile, of DistributedDataParallel
+STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")  # where others keep weights
+SETTING = "paths.checkpoints"  # the key of the YAML that says where all this lies
 
 
 # --- write ----------------------------------------------------------------------------------------
@@ -71,55 +56,45 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises DiskError; what was there before stays.
     """
     state = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
-    unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
+    state["digest"] = sha256_of(leaves(state))
+    with written_whole(path, SETTING, bytes_of(state)) as unfinished:
         with open(unfinished, "wb") as file:  # given a path, torch.save would store its name
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
         check_archive(unfinished)
-        os.replace(unfinished, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # of a full disk, torch makes a RuntimeError
-        raise disk_error(path, state, error) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dicts and sequences, with its dotted name."""
+    inner: Any = ()
+    if isinstance(value, Mapping):
+        inner = value.items()
+    elif isinstance(value, (list, tuple)):
+        inner = enumerate(value)
+    for key, part in inner:
+        yield from leaves(part, f"{name}.{key}" if name else str(key))
+    if not inner or not value:
+        yield name, value
 
 
-def disk_error(path: Path, state: dict[str, Any], error: Exception) -> DiskError:
-    needed, free = state_bytes(state) / 1e6, shutil.disk_usage(path.parent).free / 1e6
-    what = f"it cannot be written ({error}), it takes {needed:.1f} MB, {free:.1f} MB are free"
-    return DiskError(path, what, "free some room or set paths.checkpoints")
-
-
-def state_bytes(value: Any) -> int:
+def bytes_of(state: Any) -> int:
     """Bytes of all tensors in nested dicts and sequences."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(state_bytes, value)) if isinstance(value, (list, tuple)) else 0
+    return sum(leaf.nbytes for _, leaf in leaves(state) if isinstance(leaf, Tensor))
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process left half written; the folder must be locked."""
-    for file in folder.glob("*.tmp.*"):
-        print(f"Removed {file.name}, which a killed process left half written")
-        file.unlink()
+def not_finite(state: Any) -> list[str]:
+    """The names of the tensors that hold NaN or inf."""
+    tensors = ((name, leaf) for name, leaf in leaves(state) if isinstance(leaf, Tensor))
+    return [name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()]
 
 
-def prune(folder: Path, keep: int, milestones: set[int]) -> None:
-    """Deletes all but the newest `keep` checkpoints and those at `milestones`."""
-    steps = sorted(found(folder), reverse=True)
-    for step in steps[keep:]:
-        if step not in milestones:
-            path_of(folder, step).unlink()
+def prune(folder: Path, step: int, keep: int, kept: Collection[int | None]) -> None:
+    """Deletes all but the newest `keep` checkpoints up to `step` and those of the steps `kept`.
+
+    What lies beyond `step` is not this run's to count, nor to delete.
+    """
+    for old in sorted((n for n in found(folder) if n <= step), reverse=True)[keep:]:
+        if old not in kept:
+            path_of(folder, old).unlink()
 
 
 # --- read -----------------------------------------------------------------------------------------
@@ -128,68 +103,124 @@ def prune(folder: Path, keep: int, milestones: set[int]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """The verified contents, on the CPU.
 
-    Raises CheckpointError, before anything is used, for all that is not whole.
+    Raises CheckpointError, before anything is used, for all that is not whole and ours; a damaged
+    file's error names the newest whole one beside it.
     """
-    if not path.is_file():
-        raise CheckpointError(path, "there is no such file", f"look in {path.parent}")
-    check_archive(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling a file that is not ours can fail in any way
-        what = f"it is not a checkpoint of this project ({type(error).__name__})"
-        raise CheckpointError(path, what, "choose another") from None
+        return _load(path)
+    except DamagedError as error:
+        others = (path_of(path.parent, n) for n in sorted(found(path.parent), reverse=True))
+        whole = next((other.name for other in others if other != path and is_whole(other)), None)
+        do = f"resume from {whole}, the newest whole one" if whole else "no whole one is beside it"
+        raise DamagedError(path, error.what, do) from None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state = read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(path, "it is not a checkpoint of this project", "choose another")
+        raise foreign(path, state)
+    if state.get("format_version") != FORMAT_VERSION:
+        what = f"its format is version {state.get('format_version')}, this code's {FORMAT_VERSION}"
+        raise CheckpointError(path, what, "use the release that wrote it")
     wrong = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     if wrong:
         what = f"it lacks {', '.join(wrong)}"
         raise CheckpointError(path, what, "it cannot be resumed, choose another")
-    if state["format_version"] != FORMAT_VERSION:
-        what = f"its format is version {state['format_version']}, this code reads {FORMAT_VERSION}"
-        raise CheckpointError(path, what, "use the release that wrote it")
+    digest = state.pop("digest")
+    if digest != sha256_of(leaves(state)):
+        raise DamagedError(path, "its contents are not those of its digest", "choose another")
+    if wrong := not_finite(state):
+        raise CheckpointError(path, f"{wrong[0]} holds NaN or inf", "choose an older one")
     return state
 
 
-def check_archive(path: Path) -> None:
-    """Reads every record of the zip file and compares its CRC.
-
-    Raises CheckpointError with the damaged record.
-    """
-    do = "delete it and run again: the newest whole checkpoint is taken up"
+def read(path: Path) -> Any:
+    """What a torch file holds, ours or not, on the CPU. Raises CheckpointError."""
+    check_archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
-        raise CheckpointError(path, f"it is damaged or no checkpoint ({error})", do) from None
-    if damaged:
-        raise CheckpointError(path, f"record {damaged} is damaged", do)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        parts = list(islice(leaves(content), MOST_LEAVES + 1))
+    except Exception as error:  # unpickling a file that is not ours can fail in any way
+        what = f"it is not a checkpoint that can be read ({type(error).__name__})"
+        raise DamagedError(path, what, "choose another") from None
+    views = [name for name, leaf in parts if isinstance(leaf, Tensor) and larger_than_stored(leaf)]
+    if views or len(parts) > MOST_LEAVES:
+        what = f"{views[0]} is larger than its record" if views else "its contents have no end"
+        raise DamagedError(path, what, "choose another")
+    return content
+
+
+def larger_than_stored(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes()
+
+
+def foreign(path: Path, content: Any) -> CheckpointError:
+    """Why a whole torch file that is not ours can't be resumed."""
+    weights = weights_in(content)
+    if weights is None:
+        keys = ", ".join(map(str, islice(content, 5))) if isinstance(content, dict) else "no keys"
+        what = f"it is not a checkpoint of this project (a {type(content).__name__} with {keys})"
+        return CheckpointError(path, what, "choose another")
+    what = f"it has {len(weights)} weights, but no moments, step or random states of this project's"
+    do = f"it can be evaluated, not resumed: main.py evaluate TEXT --checkpoint {path}"
+    return CheckpointError(path, what, do)
+
+
+def weights_in(content: Any) -> dict[str, Tensor] | None:
+    """The state dict in a torch file of whatever program."""
+    places = [content, *(content.get(key) for key in STATE_DICTS)] if is_dict(content) else []
+    for place in places:
+        if is_dict(place) and all(isinstance(tensor, Tensor) for tensor in place.values()):
+            return place
+    return None
+
+
+def is_dict(value: Any) -> bool:
+    return isinstance(value, dict) and len(value) > 0 and all(isinstance(key, str) for key in value)
+
+
+def canonical(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same under Hugging Face's names, without what wrappers put before them; notes it."""
+    named = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
+    if named.keys() != weights.keys():
+        print(f"Note: `module.` and `_orig_mod.` before names in {path.name} are left out")
+    bare = "embed_tokens.weight" in named  # LlamaModel's own names
+    return {hf_name(name) if bare else name: tensor for name, tensor in named.items()}
 
 
 def is_whole(path: Path) -> bool:
     """Whether there is an undamaged archive."""
     try:
         check_archive(path)
-    except (CheckpointError, FileNotFoundError):
+    except CheckpointError:
         return False
     return True
 
 
-def differences(saved: Any, now: Any, name: str) -> Iterator[str]:
-    """In words, where two nested plain values differ."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        for key in [*saved, *(key for key in now if key not in saved)]:
-            yield from differences(saved.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif saved != now:
-        yield f"{name} is {saved!r} in the checkpoint and {now!r} now"
+def compare(
+    path: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()
+) -> None:
+    """Prints and raises, with both values, where a resume would use something else.
 
-
-def compare(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises CheckpointError, with both values, where a resume would use something else."""
-    found = list(differences(saved, now, ""))
-    if found:
-        raise CheckpointError(
-            path, ", ".join(found), "give the profile and settings it was made with"
-        )
+    allowed: training keys that may differ, as the YAML names them: "train.learning_rate".
+    """
+    before, after = dict(leaves(saved)), dict(leaves(now))
+    differ = [name for name in before | after if before.get(name) != after.get(name)]
+    if not differ:
+        return
+    rows = [("setting", "checkpoint", "now")]
+    rows += [(name, f"{before.get(name)!r:.70}", f"{after.get(name)!r:.70}") for name in differ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    keys = [name.removeprefix("config.") for name in differ]
+    forbidden = [key for key in keys if not any(f"{key}.".startswith(f"{a}.") for a in allowed)]
+    told = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows[1:]]
+    if forbidden:
+        may = [key for key in keys if key.startswith("train.")]
+        more = f", or allow each: --allow {may[0]}" if may == keys else ""
+        do = f"give the settings and files it was made with{more}"
+        raise CheckpointError(path, ", ".join(told), do)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -205,12 +236,19 @@ def found(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a folder; damaged ones are passed over, each with one line."""
-    for step in sorted(found(folder), reverse=True):
+    """The newest whole checkpoint of a folder; damaged ones are passed over, each with one line.
+
+    Raises CheckpointError where there are some and none is whole, or where one is not ours.
+    """
+    steps = sorted(found(folder), reverse=True)
+    for step in steps:
         try:
-            return path_of(folder, step), load(path_of(folder, step))
-        except CheckpointError as error:
-            print(f"passed over: {error}")
+            return path_of(folder, step), _load(path_of(folder, step))
+        except DamagedError as error:
+            print(f"passed over: {error.where}: {error.what}")
+    if steps:
+        what = f"none of its {len(steps)} checkpoints is whole"
+        raise CheckpointError(folder, what, "move them away, and a run starts anew")
     return None
 
 
@@ -220,70 +258,3 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not file.is_file():
         raise CheckpointError(file, "the run's tokenizer is missing", "put it back")
     return Tokenizer.from_file(str(file))
-
-
-# --- random states, environment, lock -------------------------------------------------------------
-
-
-def random_states() -> dict[str, Any]:
-    """Every random state of the process, as tensors and tuples that `weights_only=True` reads."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), *map(float, rest)),
-        "python": random.getstate(),
-    }
-
-
-def seed_random_states(seed: int) -> None:
-    """Starts every random state of the process from `seed`, so that two runs start alike."""
-    torch.manual_seed(seed)  # seeds the GPUs too
-    np.random.seed(seed)
-    random.seed(seed)
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """The inverse. Raises KeyError when one is missing; other machines' GPUs are passed over."""
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    keys = keys.numpy().astype(np.uint32)
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    np.random.set_state((kind, keys, int(position), int(has_gauss), gauss))
-    if len(states["cuda"]) == torch.cuda.device_count() > 0:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What bit-exact resume depends on, beside the checkpoint."""
-    gpu = device.type == "cuda"
-    return {
-        "torch": str(torch.__version__),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def lock(folder: Path) -> BinaryIO:
-    """Locks a run's folder for this process until the file returned is closed.
-
-    Raises BusyError, naming the holder.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+b")
-    except OSError as error:
-        what = f"it cannot be written ({error.strerror})"
-        raise DiskError(folder, what, "set paths.checkpoints") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        holder = file.read().decode() or "another process"
-        file.close()
-        raise BusyError(folder, f"in use by {holder}", "wait for it, or stop it") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-    file.flush()
-    return file

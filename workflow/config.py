@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from SmolLm3 import ModelConfig
 
-from . import WorkflowError
+from . import WorkflowError, check_torch
 from .settings import Config, Member
 
 DEFAULT_PATH = "SmolLm3_Config.yaml"
@@ -133,6 +133,7 @@ def load_config(
     Raises ConfigError: file, key, value, what was expected and, for an unknown key, the nearest
     known one.
     """
+    check_torch()
     path = Path(path)
     values = read_yaml(path)
     profiles = values.pop("profiles", None) or {}

@@ -11,8 +11,11 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
-import os
+import io
+import itertools
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +25,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from . import WorkflowError
+from .files import DAY, remove_unfinished, written_whole
 
 # wikitext's ` = Title = `, not its ` = = Section = = `
 HEADING = re.compile(r"^(?= = [^=\n].* = $)", re.MULTILINE)
+GAP = re.compile(r"(?<=\w) (?=\w)")
+PART = 1 << 20  # characters, or bytes, that are read and tokenised at once
 
 
 class DataError(WorkflowError):
@@ -77,12 +83,16 @@ def load_corpus(
     the end of the stream; it starts where a document does, if one starts there.
     Raises DataError when either part is shorter than one sequence and its last target.
     """
-    text, text_sha256 = read_text(path)
+    text_sha256 = sha256_of_file(path)
     tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    file = cache / "tokens" / f"{path.stem}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.npy"
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32
+    file = cache / "tokens" / f"{path.stem}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
     if not file.is_file():
-        write_tokens(file, tokenize(text, tokenizer, end_of_text), tokenizer.get_vocab_size())
-    tokens = np.load(file, mmap_mode="r")
+        remove_unfinished(file.parent, untouched=DAY)
+        with written_whole(file, "paths.cache") as unfinished, open(unfinished, "wb") as out:
+            for ids in tokenize(read_parts(path), tokenizer, end_of_text):
+                out.write(np.array(ids, dtype=kind).tobytes())
+    tokens = np.memmap(file, kind, mode="r") if file.stat().st_size else np.empty(0, kind)
     ends = np.flatnonzero(tokens == end_of_text) + 1
     cut = split_point(len(tokens), ends, validation_fraction)
     for part, length in (("to train on", cut), ("held out", len(tokens) - cut)):
@@ -97,36 +107,108 @@ def load_corpus(
 
 def read_text(path: Path) -> tuple[str, str]:
     """A text file and the sha256 of its bytes. Raises DataError for all that is no UTF-8 text."""
+    return "".join(read_parts(path)), sha256_of_file(path)
+
+
+def sha256_of_file(path: Path) -> str:
     do = "name a text file: --set data.text=FILE"
     if not path.exists():
         raise DataError(path, "there is no such file", do)
     if not path.is_file():
         raise DataError(path, "this is a folder or a device, not a file", do)
-    raw = path.read_bytes()
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
     try:
-        text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start} is not UTF-8"
-        raise DataError(path, what, "save the file as UTF-8") from None
-    if "\0" in text:
-        raise DataError(path, f"character {text.index(chr(0))} is a NUL: this is no text", do)
-    if not text.strip():
+        yield
+    except OSError as error:
+        what = f"it cannot be read ({error.strerror})"
+        raise DataError(path, what, "mend that or name another file") from None
+
+
+def read_parts(path: Path) -> Iterator[str]:
+    """A text file, part by part, so that its size is of no account; line ends become newlines.
+
+    Raises DataError for all that is no UTF-8 text, with the place.
+    """
+    sha256_of_file(path)
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    place, something, part = 0, False, b"more"
+    with reading(path), open(path, "rb") as file:
+        while part:
+            part = file.read(PART)
+            pending = len(utf8.getstate()[0])
+            try:
+                text = decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                what = f"byte {place - pending + error.start} is not UTF-8"
+                raise DataError(path, what, "save the file as UTF-8") from None
+            if b"\0" in part:
+                what = f"byte {place + part.index(0)} is a NUL: this is no text"
+                raise DataError(path, what, "name a text file: --set data.text=FILE")
+            text = text.removeprefix("\ufeff") if place == 0 else text
+            place, something = place + len(part), something or bool(text.strip())
+            yield text
+    if not something:
         raise DataError(path, "the file is empty", "give a longer text")
-    return text, hashlib.sha256(raw).hexdigest()
 
 
-def tokenize(text: str, tokenizer: Tokenizer, end_of_text: int) -> list[int]:
-    """The documents' ids, each document closed by `end_of_text`."""
-    documents = [document.strip("\n") for document in HEADING.split(text) if document.strip()]
-    encoded = tokenizer.encode_batch_fast(documents, add_special_tokens=False)
-    return [token for document in encoded for token in (*document.ids, end_of_text)]
+def tokenize(parts: Iterable[str], tokenizer: Tokenizer, end_of_text: int) -> Iterator[list[int]]:
+    """The documents' ids, each document closed by `end_of_text`, some megabytes at a time."""
+    waiting: list[tuple[str, bool]] = []
+    for piece in pieces(parts):
+        waiting.append(piece)
+        if sum(len(text) for text, _ in waiting) > PART:
+            yield encode(waiting, tokenizer, end_of_text)
+            waiting.clear()
+    yield encode(waiting, tokenizer, end_of_text)
 
 
-def write_tokens(file: Path, tokens: list[int], vocabulary: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".tmp.{os.getpid()}.npy")
-    np.save(unfinished, np.array(tokens, dtype=np.uint16 if vocabulary <= 65536 else np.uint32))
-    os.replace(unfinished, file)
+def encode(texts: list[tuple[str, bool]], tokenizer: Tokenizer, end_of_text: int) -> list[int]:
+    encoded = tokenizer.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
+    closings = [(end_of_text,) if closes else () for _, closes in texts]
+    return [token for e, closing in zip(encoded, closings) for token in (*e.ids, *closing)]
+
+
+def pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Documents without the newlines around them, as (text, whether it ends its document).
+
+    A document is one piece, or several where it is longer than `PART`: cut before a space between
+    words, where no tokenizer of the family sees one word, or anywhere if there is none for so long.
+    """
+    rest, inside = "", False  # `inside`: an earlier piece of this document is out
+    for part in itertools.chain(parts, ["\n"]):
+        *whole, rest = split_whole_lines(rest + part)
+        for document in whole:
+            yield from ended(document, inside)
+            inside = False
+        while len(rest) > PART:
+            cut = last_gap(rest[:PART])
+            yield rest[:cut] if inside else rest[:cut].lstrip("\n"), False
+            rest, inside = rest[cut:], True
+    yield from ended(rest, inside)
+
+
+def ended(document: str, inside: bool) -> Iterator[tuple[str, bool]]:
+    """A document, or the end of one, as its last piece; nothing if it is blank."""
+    if inside or document.strip():
+        yield document.rstrip("\n") if inside else document.strip("\n"), True
+
+
+def split_whole_lines(text: str) -> list[str]:
+    """Split at headings, but not at one in the last line, which may go on."""
+    end = text.rfind("\n") + 1
+    *whole, last = HEADING.split(text[:end])
+    return [*whole, last + text[end:]]
+
+
+def last_gap(text: str) -> int:
+    gaps = [match.start() for match in GAP.finditer(text, len(text) // 2)]
+    return gaps[-1] if gaps else len(text)
 
 
 def split_point(total: int, ends: np.ndarray, fraction: float) -> int:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from SmolLm3 import LlamaModel, hf_state_dict
 
 from . import WorkflowError, weights_sha256
-from .checkpoint import DiskError
+from .files import DiskError
 from .gguf_file import write_gguf
 from .reference import hf_config
 

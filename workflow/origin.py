@@ -14,6 +14,7 @@ from torch import Tensor
 from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
 
 from . import checkpoint
+from .archive import CheckpointError
 from .data import Corpus, load_corpus
 from .settings import Config
 
@@ -66,8 +67,17 @@ def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
 
     state = checkpoint.load(path)
     model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
-    load_hf_weights(model, state["model"])
+    fill(model, state["model"], path)
     checkpoint.load_tokenizer(path.parent)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
     name, data = f"{path.parent.name}, {state['step']} steps", state["data"]
     return model, tokenizer, {"name": name, "started_from": state["reference"]["name"], **data}
+
+
+def fill(model: LlamaModel, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copies the weights of the file `path`. Raises CheckpointError, naming what does not fit."""
+    try:
+        load_hf_weights(model, checkpoint.canonical(weights, path))
+    except ValueError as error:
+        do = "name the model that they are of: --set model=NAME"
+        raise CheckpointError(path, str(error).replace("; ", ", "), do) from None

@@ -11,6 +11,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from .archive import CheckpointError
+from .files import remove_unfinished, replace_text, writing
+
+SETTING = "paths.runs"  # the key of the YAML that says where all this lies
 SCALARS = {  # key of a row -> TensorBoard's tag
     "loss": "loss/train",
     "validation_loss": "loss/validation",
@@ -34,7 +38,7 @@ class Trace:
         return cls(**values | {"losses": tuple(values["losses"])})
 
     def write(self, file: Path) -> None:
-        replace_text(file, json.dumps(asdict(self)))
+        replace_text(file, json.dumps(asdict(self)), SETTING)
 
 
 class Record:
@@ -46,24 +50,33 @@ class Record:
     """
 
     def __init__(self, folder: Path, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "metrics.jsonl"
-        old = [json.loads(line) for line in whole_lines(file)]
-        if any(row["step"] > 0 for row in old) and step == 0:  # its checkpoints are gone: keep it
-            file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
-        self.rows: list[dict[str, Any]] = [row for row in old if row["step"] <= step and step]
-        replace_text(file, "".join(json.dumps(row) + "\n" for row in self.rows))
-        self._file = open(file, "a", encoding="utf-8")
-        # `step` would take the last point with it; without a purge, later steps would stand twice
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        self.folder, file = folder, folder / "metrics.jsonl"
+        with writing(folder, SETTING):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(folder)
+            old = whole_rows(file)
+            if any(row["step"] > 0 for row in old) and step == 0:  # its checkpoints are gone
+                file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
+            self.rows: list[dict[str, Any]] = [row for row in old if row["step"] <= step and step]
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            replace_text(file, lines, SETTING)
+            self._file = open(file, "ab", buffering=0)  # what is written is not lost with us
+            wait_for_a_new_second(folder)
+            # `step` would take the last point with it; without a purge, later steps would double
+            self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self._file.write(json.dumps(row) + "\n")
-        for key in SCALARS.keys() & row.keys():
-            self._board.add_scalar(SCALARS[key], row[key], row["step"])
-        if "sample" in row:
-            self._board.add_text("sample", row["sample"], row["step"])
+        with writing(self.folder, SETTING):
+            self._file.write((json.dumps(row) + "\n").encode())
+            for key in SCALARS.keys() & row.keys():
+                self._board.add_scalar(SCALARS[key], row[key], row["step"])
+            if "sample" in row:
+                self._board.add_text("sample", row["sample"], row["step"])
+
+    def has(self, key: str, step: int) -> bool:
+        """Whether a row of this step has `key`."""
+        return any(key in row for row in self.rows if row["step"] == step)
 
     def between(self, after: int, last: int) -> list[dict[str, Any]]:
         """The rows of steps after `after`, up to `last`."""
@@ -80,23 +93,35 @@ class Record:
 
     def flush(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            self._board.flush()
+            with writing(self.folder, SETTING):
+                os.fsync(self._file.fileno())
+                self._board.flush()
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with writing(self.folder, SETTING):
+            self._board.close()
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    unfinished = file.with_name(f"{file.name}.tmp.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, file)
+def wait_for_a_new_second(folder: Path) -> None:
+    """TensorBoard reads event files in the order of the second in their names."""
+    now = int(time.time())
+    if any(folder.glob(f"events.out.tfevents.{now}.*")):
+        time.sleep(now + 1 - time.time())
 
 
-def whole_lines(file: Path) -> list[str]:
-    """The lines of a file that end; a kill can leave half a line behind the last flush."""
-    if not file.is_file():
-        return []
-    return file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+def whole_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of the lines that end; a kill can leave half a line.
+
+    Raises CheckpointError, with its number, for a line that is no row.
+    """
+    lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
+    rows = []
+    for number, line in enumerate(filter(None, lines), 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            what = f"line {number} is damaged"
+            raise CheckpointError(file, what, "move the file away; the curves begin anew") from None
+    return rows

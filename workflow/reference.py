@@ -39,6 +39,7 @@ from SmolLm3 import ModelConfig
 
 from . import WorkflowError, weights_sha256
 from .config import ConfigError
+from .files import DAY, remove_unfinished
 from .settings import Member
 
 END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
@@ -241,6 +242,7 @@ def converted(gguf: Path, cache: Path) -> Path:
     folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     if folder.is_dir():
         return folder
+    remove_unfinished(folder.parent, untouched=DAY)
     print(f"Converting {gguf.name} once, for {folder} (about half a minute)")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32

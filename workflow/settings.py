@@ -117,7 +117,7 @@ class SampleSettings(Section):
 
 class RunSettings(Section):
     name: str  # auto: <profile>-<8 hex digits of what determines the run>
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]  # auto: CUDA, else CPU
 
 

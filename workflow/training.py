@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,22 @@ from tqdm import tqdm
 
 from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
 
-from . import WorkflowError, checkpoint, weights_sha256
-from .checkpoint import CheckpointError
+from . import WorkflowError, checkpoint, files, progress, randomness, weights_sha256
+from .archive import CheckpointError
+from .config import ConfigError
 from .data import batch_at, validation_batches
-from .origin import Origin, identify
-from .record import Record, Trace, replace_text
+from .origin import Origin, fill, identify
+from .record import Record, Trace
 from .settings import Config
+from .signals import deferred
 from .update import (
     NextTokenLoss,
-    interrupts_deferred,
+    check_alike,
+    evaluating,
     learning_rate,
     load_optimizer,
     make_optimizer,
+    optimizer_state,
 )
 
 
@@ -72,20 +76,32 @@ class Run:
                 self._start()
 
     @classmethod
-    def resume(cls, path: str | Path, config: Config) -> Run:
+    def resume(cls, path: str | Path, config: Config, allow: Collection[str] = ()) -> Run:
         """The run that `path` is a checkpoint of, in fresh objects, at that step.
 
-        When the run has gone on since, its newest checkpoint is taken instead, saying so: no step
-        is trained twice.
+        path: the file, or its folder for the newest. When the run has gone on since, its newest
+        checkpoint is taken instead, saying so: no step is trained twice.
+        allow: what may be other than in the checkpoint, by name: keys of `train`, as in
+        "train.learning_rate", and "random" for random states that are missing.
         """
+        for name in allow:
+            if name != "random" and not name.startswith("train."):
+                do = "name a key such as train.learning_rate, or random"
+                raise ConfigError(f"--allow {name}", "this must be as it was", do)
         path = Path(path).resolve()
-        state = checkpoint.load(path)
+        if path.is_dir():
+            if not checkpoint.found(path):
+                raise CheckpointError(path, "no checkpoint in this folder", "name another")
+            path, state = checkpoint.newest(path)
+        else:
+            state = checkpoint.load(path)
         folder, asked = path.parent, state["step"]
         if folder.parent != config.paths.checkpoints.resolve():
             do = f"put its folder there, or give --set paths.checkpoints={folder.parent}"
             raise CheckpointError(path, f"it is not in {config.paths.checkpoints}", do)
         run = cls.__new__(cls)
         with run._closed_on_failure():
+            run.allowed = tuple(allow)
             run._open(config, Origin.saved(folder, state), folder.name)
             print(f"Loaded {path.name}")
             if max(checkpoint.found(folder), default=asked) > asked:
@@ -105,35 +121,34 @@ class Run:
         """Trains up to `target` updates in all, yielding the count after each.
 
         Prints, logs, validates and saves on the way. When the run is there already, nothing is
-        trained and the record is told.
+        trained and the record is told. Ctrl-C and SIGTERM wait until the update, and what the
+        caller does after it, are done; then the run is saved and KeyboardInterrupt raised.
         """
-        if self.step >= target:
-            return self._tell(target)
+        if self.step > target or (self.step == target and not self._owes_validation(target)):
+            after = self.resumed_at or 0
+            rows = self.record.between(after, target)
+            return progress.tell(rows, self.config.train, self.resumed_at, self.step)
         self._check_live()
-        settings, start = self.config.train, self.resumed_at or 0
-        self._forecast(target)
-        options = {"total": target - start, "initial": self.step - start, "mininterval": 2.0}
-        title, first = ("Resume " if self.resumed_at else "") + "Training", self.step
-        self._bar = bar = tqdm(desc=title, file=sys.stdout, **options)
+        settings, epoch = self.config.train, len(self.corpus.train)
+        parameters = sum(p.numel() for p in self.model.parameters())
+        progress.forecast(target - self.step, settings, epoch, parameters)
+        self._progress = progress.Progress(settings, self.resumed_at, self.step, target)
         try:
-            while self.step < target:
-                with interrupts_deferred():
+            with deferred() as safe_point:
+                self._validate(target, safe_point)
+                while self.step < target:
                     row = self._update()
                     self.record.add(row)
-                bar.update()
-                if self.step == first + 20:
-                    left = bar.format_dict["elapsed"] / 20 * (target - self.step)
-                    tqdm.write(f"About {tqdm.format_interval(left)} to go", file=sys.stdout)
-                if line := self._line(row):
-                    tqdm.write(line, file=sys.stdout)
-                if self.step % settings.validate_every == 0 or self.step == target:
-                    self._validate()
-                yield self.step
-                if self.step % settings.checkpoint_every == 0 and self.step < target:
-                    self.save()
+                    self._amid = False
+                    self._progress.show(row)
+                    self._validate(target, safe_point)
+                    yield self.step
+                    if self.step % settings.checkpoint_every == 0 and self.step < target:
+                        self.save()
+                    safe_point(self.save)
         finally:
-            bar.close()
-            self._bar = None
+            self._progress.close()
+            self._progress = None
             self.record.flush()
 
     def carry_on(self, target: int) -> Trace:
@@ -144,14 +159,18 @@ class Run:
         file = self.folder / "never_stopped.json"
         if file.is_file():
             return Trace.read(file)
+        if self._amid:
+            self._check_live()
         if self.step >= target and not self.carried:
             what = "this run was not carried on before its resume"
             raise CheckpointError(file, what, "start anew beside it with FRESH=1")
         if self.taken_from == self.step:
             print(f"Note: at step {self.step} this run was itself read from a checkpoint")
-        while self.step < target:
-            with interrupts_deferred():
+        with deferred() as safe_point:
+            while self.step < target:
                 self.carried.append(self._update()["loss"])
+                self._amid = False
+                safe_point()
         first = target - len(self.carried) + 1
         trace = Trace(first, tuple(self.carried), self.weights_sha256())
         trace.write(file)
@@ -167,26 +186,31 @@ class Run:
     def save(self) -> None:
         """Writes `checkpoint_<step>.pt`; one that is there and whole is this very state.
 
-        A run that was carried on or closed has nothing to save.
+        A run that has not begun, was carried on or is closed has nothing to save.
         """
         path = self.checkpoint(self.step)
-        if not self.carried and self.model is not None and not checkpoint.is_whole(path):
-            self.record.flush()
-            if not all(p.isfinite().all() for p in self.model.parameters()):
-                what = f"weights are not finite at step {self.step}, they are not saved"
-                raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
-            checkpoint.save(path, self._state())
-            tqdm.write(f"Saved {path.name}", file=sys.stdout)
-            milestones = {self.config.train.steps, self.config.last_step, self.resumed_at}
-            checkpoint.prune(self.checkpoints, self.config.train.keep_checkpoints, milestones)
+        if not self.step or self.carried or self.model is None or checkpoint.is_whole(path):
+            return
+        if self._amid:
+            self._check_live()
+        self.record.flush()
+        state = self._state()
+        if wrong := checkpoint.not_finite(state):
+            what = f"{wrong[0]} is not finite at step {self.step}, nothing is saved"
+            raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
+        checkpoint.save(path, state)
+        tqdm.write(f"Saved {path.name}", file=sys.stdout)
+        settings = self.config.train
+        kept = {settings.steps, self.config.last_step, self.resumed_at, self.taken_from}
+        checkpoint.prune(self.checkpoints, self.step, settings.keep_checkpoints, kept)
 
     def sample(self, prompt: str) -> str:
         """`prompt` with its continuation, logged at this step.
 
         Touches no random state but its own. Takes the bar off the line that will be printed on.
         """
-        if self._bar is not None and not self._bar.disable:
-            self._bar.clear()
+        if self._progress is not None:
+            self._progress.clear()
         told = self.record.sample(self.step, prompt)
         if told is not None:
             return told
@@ -196,9 +220,10 @@ class Run:
             [self.origin.tokenizer.encode(prompt, add_special_tokens=False).ids], device=self.device
         )
         generator = torch.Generator(self.device).manual_seed(self.config.run.seed)
-        output = self.model.generate(
-            ids, settings.new_tokens, settings.temperature, generator=generator
-        )
+        with evaluating(self.model):
+            output = self.model.generate(
+                ids, settings.new_tokens, settings.temperature, generator=generator
+            )
         text = self.origin.tokenizer.decode(output[0].tolist())
         self.record.add({"step": self.step, "prompt": prompt, "sample": text})
         return text
@@ -211,7 +236,7 @@ class Run:
 
     def hand_over(self) -> None:
         """Saves and closes, so that a `Run` opened again, say by a cell run twice, goes on."""
-        if self.step:
+        if not self._amid:
             self.save()
         self.close()
 
@@ -220,13 +245,14 @@ class Run:
         if self.record is not None:
             self.record.close()
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
         self.model = self.optimizer = self.loss = None
 
     @contextmanager
     def _closed_on_failure(self) -> Iterator[None]:
         self.step, self.resumed_at, self.taken_from, self.carried = 0, None, None, []
-        self.model = self.record = self._lock = self._bar = None
+        self.allowed, self._amid = (), False
+        self.model = self.record = self._lock = self._progress = None
         try:
             yield
         except BaseException:
@@ -234,8 +260,8 @@ class Run:
             raise
 
     def _check_live(self) -> None:
-        if self.model is None or self.carried:
-            what = "this run is closed, or was carried on unlogged"
+        if self.model is None or self.carried or self._amid:
+            what = "this run is closed, was carried on unlogged or stopped amid an update"
             raise CheckpointError(f"run {self.name}", what, "open it again: Run(config, reference)")
 
     # --- one update ---
@@ -265,6 +291,7 @@ class Run:
         if not (math.isfinite(value) and math.isfinite(size)):
             what = f"loss {value} and gradient norm {size} at step {self.step + 1}"
             raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
+        self._amid = True  # until the row is recorded, this is no state to save
         self.optimizer.step()
         self.step += 1
         return {
@@ -275,53 +302,29 @@ class Run:
             "tokens_per_second": inputs.numel() / (time.perf_counter() - began),
         }
 
+    def _owes_validation(self, target: int) -> bool:
+        due = self.step % self.config.train.validate_every == 0 or self.step == target
+        return due and self.model is not None and not self.record.has("validation_loss", self.step)
+
     @torch.no_grad()
-    def _validate(self) -> None:
-        """Logs the mean loss on the held-out tokens at this step."""
+    def _validate(self, target: int, safe_point: Callable) -> None:
+        """Logs the mean loss on the held-out tokens at this step, if it is due and not there."""
+        if not self._owes_validation(target):
+            return
         settings, total, count = self.config.train, 0.0, 0
-        for inputs, targets in validation_batches(
+        batches = validation_batches(
             self.corpus.validation,
             settings.validation_tokens,
             settings.batch_size,
             settings.sequence_length,
-        ):
-            loss = self.loss(inputs.to(self.device), targets.to(self.device))
-            total += loss.item() * inputs.numel()
-            count += inputs.numel()
-        self.record.add({"step": self.step, "validation_loss": total / count})
-
-    # --- what is printed ---
-
-    def _line(self, row: dict[str, Any]) -> str | None:
-        """What is printed of a row, if anything; after a resume, counted from the checkpoint."""
-        settings, step, loss = self.config.train, row["step"], row["loss"]
-        if self.resumed_at is None:
-            shown = step % settings.print_every == 0
-            return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
-        count = step - self.resumed_at
-        shown = count % max(settings.resume_steps // 5, 1) == 0
-        return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
-
-    def _tell(self, target: int) -> None:
-        """Prints the record up to `target`, as training printed it."""
-        print(f"already at step {self.step}; from the record:")
-        for row in self.record.between(self.resumed_at or 0, target):
-            if "sample" in row:
-                print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
-            elif "loss" in row and (line := self._line(row)):
-                print(line)
-
-    def _forecast(self, target: int) -> None:
-        """Prints what the steps up to `target` will take."""
-        settings, steps = self.config.train, target - self.step
-        tokens = steps * settings.batch_size * settings.sequence_length
-        parameters = sum(p.numel() for p in self.model.parameters())
-        epochs = tokens / len(self.corpus.train)
-        print(
-            f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens: "
-            f"{tokens} tokens, {epochs:.1f} epochs; {parameters} parameters, "
-            f"{16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
+        with evaluating(self.model):
+            for inputs, targets in batches:
+                loss = self.loss(inputs.to(self.device), targets.to(self.device))
+                total += loss.item() * inputs.numel()
+                count += inputs.numel()
+                safe_point(self.save)
+        self.record.add({"step": self.step, "validation_loss": total / count})
 
     # --- opening, saving, restoring ---
 
@@ -334,27 +337,36 @@ class Run:
         self.folder = config.paths.runs / self.name
         if earlier := _OPEN.pop(self.checkpoints.resolve(), None):
             earlier.hand_over()
-        self._lock = checkpoint.lock(self.checkpoints)
+        self._lock = files.lock(self.checkpoints, checkpoint.SETTING)
         _OPEN[self.checkpoints.resolve()] = self
-        checkpoint.remove_unfinished(self.checkpoints)
+        files.remove_unfinished(self.checkpoints)
         if not (self.checkpoints / "tokenizer.json").is_file():
-            files = {**origin.tokenizer_files, "tokenizer.json": origin.tokenizer.to_str()}
-            for file, text in files.items():
-                replace_text(self.checkpoints / file, text)
+            texts = {**origin.tokenizer_files, "tokenizer.json": origin.tokenizer.to_str()}
+            for file, text in texts.items():
+                files.replace_text(self.checkpoints / file, text, checkpoint.SETTING)
         if self.device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)  # the price of a bit-exact resume on a GPU
-        checkpoint.seed_random_states(config.run.seed)
+        randomness.seed_random_states(config.run.seed)
         self.model = LlamaModel(config.trained).to(self.device)
         self.loss = NextTokenLoss(self.model)
         self.optimizer = make_optimizer(self.model, config.train)
+        self._check_room()
+
+    def _check_room(self) -> None:
+        """Raises DiskError when the checkpoints of the whole run will not fit."""
+        settings, there = self.config.train, len(checkpoint.found(self.checkpoints))
+        saves = self.config.last_step // settings.checkpoint_every + 2
+        most = min(saves, settings.keep_checkpoints + 2)  # the resumed one, and one being written
+        size = 3 * sum(p.nbytes for p in self.model.parameters())
+        needed, what = size * max(most - there, 1), f"{most} checkpoints"
+        files.check_room(self.checkpoints, needed, what, checkpoint.SETTING)
 
     def _start(self) -> None:
         if self.config.train.init == "reference":
             load_hf_weights(self.model, self.origin.weights)
         self.record = Record(self.folder, 0)
         (self.folder / "never_stopped.json").unlink(missing_ok=True)
-        self._validate()
 
     def _made_with(self) -> dict[str, Any]:
         """What a resume must find unchanged."""
@@ -373,23 +385,31 @@ class Run:
         return self._made_with() | {
             "step": self.step,
             "model": hf_state_dict(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "random": checkpoint.random_states(),
+            "optimizer": optimizer_state(self.optimizer),
+            "random": randomness.random_states(),
             "reference": self.origin.provenance,
-            "environment": checkpoint.environment(self.device),
+            "environment": randomness.environment(self.device),
         }
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         """Fills the fresh objects, after everything was compared. Raises CheckpointError."""
-        now, here = self._made_with(), checkpoint.environment(self.device)
-        checkpoint.compare(path, {part: state[part] for part in now}, now)
+        now, here = self._made_with(), randomness.environment(self.device)
+        checkpoint.compare(path, {part: state[part] for part in now}, now, self.allowed)
+        weights = checkpoint.canonical(state["model"], path)
         try:
+            for name, tensor in hf_state_dict(self.model).items():
+                if name in weights:
+                    check_alike(name, weights[name], tensor)
             load_optimizer(self.optimizer, state["optimizer"])
-            load_hf_weights(self.model, state["model"])
-            checkpoint.restore_random_states(state["random"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise CheckpointError(path, f"it does not fit ({error})", "choose another") from error
+            fill(self.model, weights, path)
+            if state["random"] or "random" not in self.allowed:
+                randomness.restore_random_states(state["random"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            what = f"it does not fit ({type(error).__name__}: {error})"
+            raise CheckpointError(path, what, "choose another") from error
         if state["environment"] != here:
             print(f"Note: saved on {state['environment']}, now on {here}: no longer bit-exact")
+        if self.allowed:
+            print(f"Note: with --allow {', '.join(self.allowed)}: no longer the course it was on")
         self.step = self.taken_from = state["step"]
         self.record = Record(self.folder, self.step)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -69,33 +68,48 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
     )
 
 
+def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Any]:
+    """What a checkpoint keeps of it: its kind beside torch's own state dict."""
+    return {"kind": type(optimizer).__name__, **optimizer.state_dict()}
+
+
 def load_optimizer(optimizer: torch.optim.AdamW, saved: dict[str, Any]) -> None:
     """Fills a new optimizer with saved moments. Raises ValueError where they are not its own.
 
     The groups stay the new one's: torch would silently take rate and decay from the file.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    names = [group["param_names"] for group in groups]
-    if [group.get("param_names") for group in saved["param_groups"]] != names:
-        raise ValueError("its optimizer has other parameters, or the same in another order")
+    kind, groups = type(optimizer).__name__, optimizer.state_dict()["param_groups"]
+    if saved["kind"] != kind:
+        raise ValueError(f"its optimizer is {saved['kind']}, not {kind}")
+    names = [name for group in groups for name in group["param_names"]]
+    theirs = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
+    if theirs != names:
+        mine, other = next((a, b) for a, b in zip_longest(names, theirs) if a != b)
+        raise ValueError(f"its optimizer has the parameter {other} where this one has {mine}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = [place for group in groups for place in group["params"]]
-    lacking = [p for p in places if saved["state"].get(p, {}).keys() != MOMENTS]
-    if lacking:
-        raise ValueError(f"its optimizer lacks moments of {len(lacking)} parameters")
+    for name, place, parameter in zip(names, places, parameters):
+        moments = saved["state"].get(place, {})
+        if moments.keys() != MOMENTS:
+            raise ValueError(f"its optimizer has {sorted(moments) or 'no moments'} of {name}")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            check_alike(f"{moment} of {name}", moments[moment], parameter)
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
+def check_alike(name: str, saved: Tensor, now: Tensor) -> None:
+    """Raises ValueError, with both, where dtype or shape differ: torch would cast or broadcast."""
+    kinds = [f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (saved, now)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name} is {kinds[0]}, expected {kinds[1]}")
+
+
 @contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that no update is half made or half recorded."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = []
-    usual = signal.signal(signal.SIGINT, lambda *received: pressed.append(received))
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout, whose draws would move the random states; then as it was."""
+    training = model.training
+    model.eval()
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual)
-        if pressed:
-            raise KeyboardInterrupt
+        model.train(training)

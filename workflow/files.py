@@ -1,0 +1,123 @@
+"""Files appear whole or not at all; folders have one writer; a full disk is said in one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from . import WorkflowError
+
+UNFINISHED = "*.tmp.*"  # NAME.tmp.PID, until it is whole
+DAY = 86_400.0  # seconds
+
+
+class DiskError(WorkflowError):
+    """There is not enough room, or no permission."""
+
+    exit_code = 6
+
+
+class BusyError(WorkflowError):
+    """Another process works in this folder."""
+
+    exit_code = 7
+
+
+@contextmanager
+def written_whole(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
+    """A file beside `path` to write to; it takes that name once it is written and synced.
+
+    setting: the key of the YAML that says where it lies. needed: bytes, where they are known.
+    Raises DiskError; what was there before stays, and nothing half-written does.
+    """
+    unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # of a full disk, torch makes a RuntimeError
+        raise disk_error(path, setting, error, needed) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """So that a name survives a power cut; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str, setting: str) -> None:
+    """Writes a small text file whole or not at all."""
+    with written_whole(path, setting) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path, setting: str) -> Iterator[None]:
+    """What goes wrong on the disk meanwhile becomes a DiskError."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(path, setting, error) from error
+
+
+def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> DiskError:
+    there = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    size = f", it takes {needed / 1e6:.1f} MB" if needed else ""
+    free = f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free"
+    return DiskError(path, f"it cannot be written ({reason}){size}, {free}", mend(setting))
+
+
+def mend(setting: str) -> str:
+    return f"free some room, or set another place: --set {setting}=PATH"
+
+
+def check_room(folder: Path, needed: int, what: str, setting: str) -> None:
+    """Raises DiskError, with both figures, when `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        room = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise DiskError(folder, room, mend(setting))
+
+
+def remove_unfinished(folder: Path, untouched: float = 0) -> None:
+    """Removes what a killed process left half written.
+
+    untouched: for so many seconds, where the folder is not locked and others may be writing.
+    """
+    for path in folder.glob(UNFINISHED):
+        if time.time() - path.stat().st_mtime >= untouched:
+            print(f"Removed {path.name}, which a killed process left half written")
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def lock(folder: Path, setting: str) -> BaseFileLock:
+    """Locks a folder, made if need be, for this process until `release` or its end.
+
+    Raises BusyError, naming the holder, or DiskError.
+    """
+    held, holder = FileLock(folder / ".lock", timeout=0), folder / ".holder"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout:
+        who = holder.read_text() if holder.is_file() else "another process"
+        raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
+    except OSError as error:
+        raise disk_error(folder, setting, error) from error
+    return held

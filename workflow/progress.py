@@ -1,0 +1,76 @@
+"""What a run prints: what it will take, a bar, a line every so many steps; or its record."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+from .settings import TrainSettings
+
+ESTIMATED_AFTER = 20  # steps
+
+
+class Progress:
+    """A bar up to step `target`; after a resume at step `resumed_at` it counts from there."""
+
+    def __init__(self, settings: TrainSettings, resumed_at: int | None, step: int, target: int):
+        self.settings, self.resumed_at, self.target = settings, resumed_at, target
+        self.estimated_at = step + ESTIMATED_AFTER
+        start = resumed_at or 0
+        title = ("Resume " if resumed_at else "") + "Training"
+        counts = {"total": target - start, "initial": step - start}
+        self.bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Moves the bar; prints the row's line and, once, how long the rest will take."""
+        self.bar.update()
+        if row["step"] == self.estimated_at:
+            elapsed = self.bar.format_dict["elapsed"]
+            left = elapsed / ESTIMATED_AFTER * (self.target - row["step"])
+            tqdm.write(f"About {tqdm.format_interval(left)} to go", file=sys.stdout)
+        if line := line_of(row, self.settings, self.resumed_at):
+            tqdm.write(line, file=sys.stdout)
+
+    def clear(self) -> None:
+        """Takes the bar off the line that will be printed on."""
+        if not self.bar.disable:
+            self.bar.clear()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def line_of(row: dict[str, Any], settings: TrainSettings, resumed_at: int | None) -> str | None:
+    """What is printed of a row, if anything; after a resume, counted from the checkpoint."""
+    step, loss = row["step"], row["loss"]
+    if resumed_at is None:
+        shown = step % settings.print_every == 0
+        return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
+    count = step - resumed_at
+    shown = count % max(settings.resume_steps // 5, 1) == 0
+    return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
+
+
+def tell(
+    rows: Iterable[dict[str, Any]], settings: TrainSettings, resumed_at: int | None, step: int
+) -> None:
+    """Prints a record as training printed it."""
+    print(f"already at step {step}; from the record:")
+    for row in rows:
+        if "sample" in row:
+            print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
+        elif "loss" in row and (line := line_of(row, settings, resumed_at)):
+            print(line)
+
+
+def forecast(steps: int, settings: TrainSettings, epoch: int, parameters: int) -> None:
+    """Prints what `steps` updates will take; `epoch` has so many tokens."""
+    tokens = steps * settings.batch_size * settings.sequence_length
+    print(
+        f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens: "
+        f"{tokens} tokens, {tokens / epoch:.1f} epochs; {parameters} parameters, "
+        f"{16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
+    )
