@@ -18,7 +18,7 @@ from workflow import WorkflowError, refused
 from workflow.arguments import REFERENCE, SAMPLING, parser
 from workflow.config import load_config
 from workflow.settings import Config
-from workflow.signals import Terminated, raise_on_sigterm
+from workflow.signals import raise_on_sigterm
 
 
 def story(arguments: argparse.Namespace) -> int:
@@ -68,8 +68,7 @@ def resume(arguments: argparse.Namespace) -> int:
     config = configure(arguments)
     from workflow.training import Run
 
-    run = Run.resume(arguments.checkpoint, config, arguments.allow)
-    return run_until(run, config.last_step)
+    return run_until(Run.resume(arguments.checkpoint, config, arguments.allow), config.last_step)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -108,8 +107,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     model, tokenizer, _, _ = open_model(arguments)
     text, digest = read_text(arguments.data)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    if arguments.windows:
-        tokens = tokens[: arguments.windows * arguments.window]
+    tokens = tokens[: arguments.windows and arguments.windows * arguments.window]
     context = model.config.max_position_embeddings
     with refused("evaluate", "change --window, --stride or the text"):
         if arguments.window > context:
@@ -123,13 +121,10 @@ def bench(arguments: argparse.Namespace) -> int:
     """Measure a training step and generation against transformers, interleaved."""
     from workflow.bench import generation, table, training_step
 
-    reference, config = open_reference(arguments)
-    steps = training_step(reference, config.train, 1, 128, arguments.rounds)
-    print(table([generation(reference, 64, arguments.rounds), steps]))
+    (reference, config), rounds = open_reference(arguments), arguments.rounds
+    steps = training_step(reference, config.train, 1, 128, rounds)
+    print(table([generation(reference, 64, rounds), steps]))
     return 0
-
-
-# --- what the commands share ----------------------------------------------------------------------
 
 
 def configure(arguments: argparse.Namespace) -> Config:
@@ -147,13 +142,21 @@ def open_reference(arguments: argparse.Namespace):
 
 def open_model(arguments: argparse.Namespace):
     """A model, its tokenizer (transformers'), what it is, and the settings."""
-    from workflow.origin import load_model
-    from workflow.proof import copy_reference
+    from workflow import origin, proof
 
     if str(arguments.checkpoint) != REFERENCE:
-        return *load_model(arguments.checkpoint), configure(arguments)
+        try:
+            return *origin.load_model(arguments.checkpoint), configure(arguments)
+        except origin.ForeignError as error:
+            reference, config = open_reference(arguments)
+            return *origin.foreign_model(error, reference), config
     reference, config = open_reference(arguments)
-    return copy_reference(reference), reference.tokenizer, asdict(reference.provenance), config
+    return (
+        proof.copy_reference(reference),
+        reference.tokenizer,
+        asdict(reference.provenance),
+        config,
+    )
 
 
 def run_until(run, target: int) -> int:
@@ -189,10 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except Terminated:
-        return 143
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        return getattr(stop, "exit_code", 130)
 
 
 if __name__ == "__main__":

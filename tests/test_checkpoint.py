@@ -133,20 +133,3 @@ def test_old_checkpoints_go_the_newest_and_milestones_stay(tmp_path):
     checkpoint.prune(tmp_path, step=5000, keep=2, kept={1000, None})
     # 9000, whatever it is, counts for nothing and is left alone
     assert sorted(checkpoint.found(tmp_path)) == [1000, 4000, 5000, 9000]
-
-
-def test_differences_are_a_table_and_can_be_allowed_by_name(tmp_path, capsys):
-    saved = {"config": {"train": {"learning_rate": 0.1, "betas": [0.9, 0.95]}}, "data": {"a": 1}}
-    now = {"config": {"train": {"learning_rate": 0.2, "betas": [0.9, 0.99]}}, "data": {"a": 1}}
-    checkpoint.compare(tmp_path, saved, saved)
-    checkpoint.compare(tmp_path, saved, now, ["train.learning_rate", "train.betas"])
-    with pytest.raises(CheckpointError, match=r"or allow each: --allow train\.learning_rate"):
-        checkpoint.compare(tmp_path, saved, now, ["train.betas"])
-    table = capsys.readouterr().out.splitlines()[-3:]
-    assert [line.split() for line in table] == [
-        ["setting", "checkpoint", "now"],
-        ["config.train.learning_rate", "0.1", "0.2"],
-        ["config.train.betas.1", "0.95", "0.99"],
-    ]
-    with pytest.raises(CheckpointError, match="a is 1 in the checkpoint and 2 now; give the"):
-        checkpoint.compare(tmp_path, saved, saved | {"data": {"a": 2}}, ["train", "data"][:1])

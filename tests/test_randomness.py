@@ -20,9 +20,16 @@ def test_random_states_come_back():
     first = draws()
     randomness.restore_random_states(saved)
     assert draws() == first
-    for lost in saved:
-        with pytest.raises(KeyError):
-            randomness.restore_random_states({k: v for k, v in saved.items() if k != lost})
+    assert set(saved) == set(randomness.SOURCES)
+
+
+@pytest.mark.parametrize(("lost", "place"), [("torch", 0), ("numpy", 1), ("python", 2)])
+def test_a_state_that_is_not_there_is_left_alone(lost, place):
+    randomness.seed_random_states(5)
+    saved = randomness.random_states()
+    first = draws()
+    randomness.restore_random_states({k: v for k, v in saved.items() if k != lost})
+    assert [a != b for a, b in zip(draws()[:3], first[:3])] == [i == place for i in range(3)]
 
 
 def test_a_seed_starts_all_of_them():

@@ -42,6 +42,12 @@ class DamagedError(CheckpointError):
     """The file is not what was once written: an older one may be taken instead."""
 
 
+class ForeignError(CheckpointError):
+    """A whole torch file of another program. `weights` are those in it, or None."""
+
+    weights: dict | None = None
+
+
 def check_archive(path: Path, do: str = "choose another") -> None:
     """Reads all of a torch archive and builds nothing of it.
 

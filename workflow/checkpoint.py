@@ -21,7 +21,7 @@ from torch import Tensor
 from SmolLm3 import hf_name
 
 from . import sha256_of
-from .archive import CheckpointError, DamagedError, check_archive
+from .archive import CheckpointError, DamagedError, ForeignError, check_archive
 from .files import written_whole
 
 FORMAT = "smollm-workflow checkpoint"
@@ -154,16 +154,18 @@ def larger_than_stored(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
-def foreign(path: Path, content: Any) -> CheckpointError:
+def foreign(path: Path, content: Any) -> ForeignError:
     """Why a whole torch file that is not ours can't be resumed."""
     weights = weights_in(content)
     if weights is None:
         keys = ", ".join(map(str, islice(content, 5))) if isinstance(content, dict) else "no keys"
         what = f"it is not a checkpoint of this project (a {type(content).__name__} with {keys})"
-        return CheckpointError(path, what, "choose another")
+        return ForeignError(path, what, "choose another")
     what = f"it has {len(weights)} weights, but no moments, step or random states of this project's"
     do = f"it can be evaluated, not resumed: main.py evaluate TEXT --checkpoint {path}"
-    return CheckpointError(path, what, do)
+    error = ForeignError(path, what, do)
+    error.weights = weights
+    return error
 
 
 def weights_in(content: Any) -> dict[str, Tensor] | None:
@@ -195,32 +197,6 @@ def is_whole(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def compare(
-    path: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()
-) -> None:
-    """Prints and raises, with both values, where a resume would use something else.
-
-    allowed: training keys that may differ, as the YAML names them: "train.learning_rate".
-    """
-    before, after = dict(leaves(saved)), dict(leaves(now))
-    differ = [name for name in before | after if before.get(name) != after.get(name)]
-    if not differ:
-        return
-    rows = [("setting", "checkpoint", "now")]
-    rows += [(name, f"{before.get(name)!r:.70}", f"{after.get(name)!r:.70}") for name in differ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    keys = [name.removeprefix("config.") for name in differ]
-    forbidden = [key for key in keys if not any(f"{key}.".startswith(f"{a}.") for a in allowed)]
-    told = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows[1:]]
-    if forbidden:
-        may = [key for key in keys if key.startswith("train.")]
-        more = f", or allow each: --allow {may[0]}" if may == keys else ""
-        do = f"give the settings and files it was made with{more}"
-        raise CheckpointError(path, ", ".join(told), do)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -257,4 +233,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(file, "the run's tokenizer is missing", "put it back")
-    return Tokenizer.from_file(str(file))
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises nothing more particular
+        what = f"it is damaged ({error})"
+        raise CheckpointError(file, what, "put the run's own tokenizer back") from None

@@ -170,10 +170,11 @@ def load_config(
 
 def _readable(path: Path, values: dict[str, Any], error: ValidationError) -> ConfigError:
     """The first complaint of pydantic, with the nearest known key where the key is unknown."""
-    first = error.errors()[0]
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")  # first: then another is missing
+    first = sorted(error.errors(), key=lambda e: e["type"] not in unknown)[0]
     keys = [str(key) for key in first["loc"]]
     where = f"{path}: {'.'.join(keys)}" if keys else str(path)
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+    if first["type"] in unknown:
         near = difflib.get_close_matches(keys[-1], _known_keys(keys[:-1]), n=1)
         return ConfigError(
             where, "there is no such key", f"did you mean {near[0]}?" if near else "remove it"

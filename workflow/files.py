@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -48,7 +48,8 @@ def written_whole(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
     except (OSError, RuntimeError) as error:  # of a full disk, torch makes a RuntimeError
         raise disk_error(path, setting, error, needed) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,9 +19,14 @@ STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     """The ids of a prompt; with `chat`, of a user's turn in the tokenizer's own chat template.
 
-    tokenizer: transformers'. Raises WorkflowError where it has no template: base models were not
-    trained on turns.
+    tokenizer: transformers'. Raises WorkflowError where it has no template (base models were not
+    trained on turns), and for a half character, which the terminal makes of bytes that are no text.
     """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"character {error.start} of the prompt is half a character (a lone surrogate)"
+        raise WorkflowError("generate", what, "give it as UTF-8") from None
     if chat and not tokenizer.chat_template:
         what = "this tokenizer has no chat template"
         raise WorkflowError("generate", what, "take an Instruct member, or omit --chat")

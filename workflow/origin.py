@@ -11,11 +11,12 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
+from SmolLm3 import LlamaModel, ModelConfig
 
 from . import checkpoint
-from .archive import CheckpointError
+from .archive import ForeignError
 from .data import Corpus, load_corpus
+from .restoring import fill
 from .settings import Config
 
 
@@ -74,10 +75,14 @@ def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
     return model, tokenizer, {"name": name, "started_from": state["reference"]["name"], **data}
 
 
-def fill(model: LlamaModel, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Copies the weights of the file `path`. Raises CheckpointError, naming what does not fit."""
-    try:
-        load_hf_weights(model, checkpoint.canonical(weights, path))
-    except ValueError as error:
-        do = "name the model that they are of: --set model=NAME"
-        raise CheckpointError(path, str(error).replace("; ", ", "), do) from None
+def foreign_model(error: ForeignError, reference) -> tuple[LlamaModel, Any, dict[str, Any]]:
+    """The same of another program's file: its weights in the reference's model and tokenizer.
+
+    Raises `error` itself where there are none.
+    """
+    if error.weights is None:
+        raise error
+    model, path = LlamaModel(reference.config), Path(error.where)
+    fill(model, error.weights, path)
+    made_of = {"name": path.name, "architecture_and_tokenizer": reference.provenance.name}
+    return model, reference.tokenizer, made_of

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+SOURCES = ("torch", "cuda", "numpy", "python")
+
 
 def random_states() -> dict[str, Any]:
     """Every random state of the process, as tensors and tuples that `weights_only=True` reads."""
@@ -29,13 +31,16 @@ def seed_random_states(seed: int) -> None:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """The inverse. Raises KeyError when one is missing; other machines' GPUs are passed over."""
-    kind, keys, position, has_gauss, gauss = states["numpy"]
-    keys = keys.numpy().astype(np.uint32)
-    random.setstate(states["python"])
-    torch.set_rng_state(states["torch"])
-    np.random.set_state((kind, keys, int(position), int(has_gauss), gauss))
-    if len(states["cuda"]) == torch.cuda.device_count() > 0:
+    """The inverse, of those that are there; other machines' GPUs are passed over."""
+    if "python" in states:
+        random.setstate(states["python"])
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "numpy" in states:
+        kind, keys, position, has_gauss, gauss = states["numpy"]
+        keys = keys.numpy().astype(np.uint32)
+        np.random.set_state((kind, keys, int(position), int(has_gauss), gauss))
+    if len(states.get("cuda", [])) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,17 @@ SCALARS = {  # key of a row -> TensorBoard's tag
     "gradient_norm": "gradient_norm",
     "tokens_per_second": "tokens_per_second",
 }
+
+usual_hook = threading.excepthook
+
+
+def without_disk_errors(thread) -> None:
+    """TensorBoard's thread keeps such an error for its writer, where it becomes ours."""
+    if not issubclass(thread.exc_type, OSError):
+        usual_hook(thread)
+
+
+threading.excepthook = without_disk_errors
 
 
 @dataclass(frozen=True)

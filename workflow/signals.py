@@ -11,6 +11,8 @@ from contextlib import contextmanager
 class Terminated(KeyboardInterrupt):
     """SIGTERM, handled as Ctrl-C is; main.py leaves with another exit code."""
 
+    exit_code = 143
+
 
 def raise_on_sigterm() -> None:
     """So that what must be saved or removed is, when the process is asked to end."""

@@ -29,18 +29,16 @@ from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
 
 from . import WorkflowError, checkpoint, files, progress, randomness, weights_sha256
 from .archive import CheckpointError
-from .config import ConfigError
 from .data import batch_at, validation_batches
-from .origin import Origin, fill, identify
+from .origin import Origin, identify
 from .record import Record, Trace
+from .restoring import check_allowed, restore
 from .settings import Config
 from .signals import deferred
 from .update import (
     NextTokenLoss,
-    check_alike,
     evaluating,
     learning_rate,
-    load_optimizer,
     make_optimizer,
     optimizer_state,
 )
@@ -81,13 +79,9 @@ class Run:
 
         path: the file, or its folder for the newest. When the run has gone on since, its newest
         checkpoint is taken instead, saying so: no step is trained twice.
-        allow: what may be other than in the checkpoint, by name: keys of `train`, as in
-        "train.learning_rate", and "random" for random states that are missing.
+        allow: what may be other than in the checkpoint; see `restoring.check_allowed`.
         """
-        for name in allow:
-            if name != "random" and not name.startswith("train."):
-                do = "name a key such as train.learning_rate, or random"
-                raise ConfigError(f"--allow {name}", "this must be as it was", do)
+        check_allowed(allow)
         path = Path(path).resolve()
         if path.is_dir():
             if not checkpoint.found(path):
@@ -393,23 +387,11 @@ class Run:
 
     def _restore(self, path: Path, state: dict[str, Any]) -> None:
         """Fills the fresh objects, after everything was compared. Raises CheckpointError."""
-        now, here = self._made_with(), randomness.environment(self.device)
-        checkpoint.compare(path, {part: state[part] for part in now}, now, self.allowed)
-        weights = checkpoint.canonical(state["model"], path)
-        try:
-            for name, tensor in hf_state_dict(self.model).items():
-                if name in weights:
-                    check_alike(name, weights[name], tensor)
-            load_optimizer(self.optimizer, state["optimizer"])
-            fill(self.model, weights, path)
-            if state["random"] or "random" not in self.allowed:
-                randomness.restore_random_states(state["random"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            what = f"it does not fit ({type(error).__name__}: {error})"
-            raise CheckpointError(path, what, "choose another") from error
+        made_with, here = self._made_with(), randomness.environment(self.device)
+        inexact = restore(path, state, made_with, self.model, self.optimizer, self.allowed)
         if state["environment"] != here:
             print(f"Note: saved on {state['environment']}, now on {here}: no longer bit-exact")
-        if self.allowed:
-            print(f"Note: with --allow {', '.join(self.allowed)}: no longer the course it was on")
+        if inexact:
+            print(f"Note: {', '.join(inexact)} as allowed: no longer the course it was on")
         self.step = self.taken_from = state["step"]
         self.record = Record(self.folder, self.step)
