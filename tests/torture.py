@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import conftest
+import fuzz
 from workflow import checkpoint, sha256_of
 from workflow.archive import CheckpointError
 from workflow.config import load_config
@@ -183,7 +184,8 @@ def watch(act: Callable) -> None:
 def outcome(world: World) -> tuple[str, list[dict], dict[str, list[int]]]:
     """What a finished run is: its last checkpoint, its record, steps by TensorBoard's tags."""
     config = world.config()
-    assert not list(world.folder.glob("[cr]*/*/*.tmp.*")), "a temporary file was left"
+    left = [*world.folder.glob("checkpoints/*/*.tmp.*"), *world.folder.glob("runs/*/*.tmp.*")]
+    assert not left, f"temporary files were left: {left}"
     (folder,) = config.paths.checkpoints.iterdir()
     state = checkpoint.load(checkpoint.path_of(folder, world.last))
     (runs,) = config.paths.runs.iterdir()
@@ -438,15 +440,23 @@ def refusal(path: Path) -> str:
 
 def main() -> None:
     began, counts = time.perf_counter(), {}
+
+    def tell(done: dict[str, int]) -> None:
+        counts.update(done)
+        print(f"{time.perf_counter() - began:.0f} s", done, flush=True)
+
     with world() as place:
-        counts |= kills(place, 1000)
-        print(counts, flush=True)
+        tell(kills(place, 1000))
         (path,) = place.folder.glob(f"left-alone/checkpoints/*/checkpoint_{LAST}.pt")
-        counts |= flips(path, 10_000)
-        print(counts, flush=True)
+        tell(flips(path, 10_000))
+        chain(place, 25)
+        tell({"chained resumes": 25})
+        tell(hostile(place.fresh("hostile").folder))
+        folder, reference = place.fresh("fuzz").folder, place.reference
+        done = fuzz.fuzz_yaml(folder, 3000) + fuzz.fuzz_text(folder, reference, 3000)
+        tell({"fuzz cases": done + fuzz.fuzz_prompts(reference, 3000)})
     counts["seconds"] = round(time.perf_counter() - began)
-    counts["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
-    print(*(f"{name}: {value}" for name, value in counts.items()), sep="\n")
+    print(", ".join(f"{name}: {value}" for name, value in counts.items()))
 
 
 if __name__ == "__main__":
