@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -331,6 +332,16 @@ def test_sigterm_saves_at_the_next_safe_point(story, phase, settings, line):
     assert not list(story.glob("*/*/*.tmp.*"))
 
 
+def test_a_folder_in_use_is_refused_naming_the_process(story):
+    first = start(story)
+    assert any("Step: 1," in text for text in first.stdout)
+    settings = ("train.steps=9000", "train.print_every=1")
+    line = one_line(python(story, "train", settings=settings), 7)
+    assert f"in use by process {first.pid} on {socket.gethostname()}; wait for it" in line
+    first.kill()
+    first.communicate()
+
+
 def test_ctrl_c_once_saves_and_twice_leaves_at_once(story):
     slow = ("train.batch_size=6000", "train.steps=3")  # a step takes seconds
     process = start(story, *slow)
@@ -385,7 +396,7 @@ def test_a_disk_too_small_is_told_before_the_first_step(story):
 
 @can_mount
 def test_a_disk_that_fills_up_during_a_save_loses_nothing(story):
-    wait = "while ! ls small/*/.lock; do sleep 0.1; done; sleep 1;"
+    wait = "for i in $(seq 300); do ls small/*/.lock && break; sleep 0.1; done; sleep 1;"
     fill = f"({wait} cat /dev/zero > small/fill) >/dev/null 2>&1 &"
     settings = ("train.steps=9000", "train.checkpoint_every=100", "paths.checkpoints=small")
     result = on_tmpfs(story, "6m", fill, *settings)

@@ -1,6 +1,5 @@
 """The commands, their sentences and their exit codes, each as a real process."""
 
-import fcntl
 import io
 import json
 import os
@@ -217,16 +216,6 @@ def test_killed_five_times_and_run_again_every_loss_is_that_of_a_run_left_alone(
     assert alone.returncode == 0, alone.stderr
     assert len(recorded(story)) == 800
     assert recorded(story) == recorded(story, "a")
-
-
-def test_a_folder_in_use_is_refused_naming_the_process(command, story):
-    command("train", *options(*SHORT))
-    (folder,) = story.glob("checkpoints/*")
-    with open(folder / ".lock", "r+b") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        result = command("train", *options(*SHORT))
-    assert result.returncode == 7
-    assert re.search(r"in use by process \d+ on \S+; wait for it, or stop it", result.stderr)
 
 
 def test_debug_shows_the_traceback(command):
