@@ -11,7 +11,7 @@ from workflow.config import ConfigError, load_config, parse_yaml
 YAML = ROOT / "SmolLm3_Config.yaml"
 
 
-@pytest.mark.parametrize("profile", ["full", "cpu", "quick", "ci"])
+@pytest.mark.parametrize("profile", ["full", "pretrain", "cpu", "quick", "ci"])
 def test_every_profile_is_whole(profile):
     config = load_config(YAML, profile)
     assert (config.train.steps, config.train.resume_steps) == (5000, 50)
@@ -67,6 +67,10 @@ def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the
         ("train.model=nope", "train.model is 'nope', which is no row of members: SmolLM2-135M"),
         ("train.model=small", "vocab_size 49152, the tokenizer of 'tiny' has 257"),
         ("train.sequence_length=1024", "sequence_length 1024 exceeds max_position_embeddings 512"),
+        (
+            "train.decay_steps=6000",
+            "decay_steps 6000 exceeds schedule_steps 5050 less",
+        ),
         ("rehearsal.save_at=10", "rehearsal.save_at 10 is not below steps 10"),
         ("nonsense", "--set nonsense: this is not key=value"),
     ],

@@ -8,7 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import ROOT
 from SmolLm3 import LlamaModel
+from workflow.config import load_config
 from workflow.update import (
     NextTokenLoss,
     evaluating,
@@ -53,6 +55,20 @@ def test_the_rate_warms_up_falls_and_stays(config):
     assert rates[60] == pytest.approx(0.55)
     assert rates[110:] == [pytest.approx(0.1)] * 90
     assert all(a > b for a, b in itertools.pairwise(rates[10:111]))
+
+
+def test_the_published_recipe_is_constant_until_its_last_fifth():
+    """huggingface/smollm, text/pretraining/smollm2: 3e-3 for 1.05 M tokens an update."""
+    config = load_config(ROOT / "SmolLm3_Config.yaml", "pretrain")
+    train = config.train
+    rates = [learning_rate(step, train) for step in range(5100)]
+    share = train.batch_size * train.sequence_length / 2**20
+    assert rates[5] == pytest.approx(3e-3 * share**0.5, rel=1e-2)
+    assert set(rates[5:4041]) == {rates[5]}
+    assert rates[4545] == pytest.approx(rates[5] / 2) and set(rates[5050:]) == {0.0}
+    assert (train.weight_decay, train.betas, train.clip_norm) == (0.01, (0.9, 0.95), 1.0)
+    assert config.trained.initializer_range == pytest.approx(1 / 24)
+    assert train.warmup_steps / train.schedule_steps == pytest.approx(2000 / 2e6, rel=0.02)
 
 
 def test_the_rate_does_not_depend_on_where_the_run_stops(config):

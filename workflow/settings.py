@@ -88,6 +88,8 @@ class TrainSettings(Section):
     min_learning_rate: NonNegativeFloat  # from schedule_steps on
     warmup_steps: Count
     schedule_steps: PositiveInt  # the schedule's own length, wherever the run stops
+    decay: Literal["cosine", "linear"]  # how the rate falls
+    decay_steps: PositiveInt | None  # at the end of the schedule; null: all after the warm-up
     weight_decay: NonNegativeFloat  # on matrices only
     betas: tuple[Fraction, Fraction]
     eps: PositiveFloat
@@ -165,6 +167,9 @@ class Config(Section):
         if train.validation_tokens < train.sequence_length:
             words = f"sequence_length {train.sequence_length}"
             raise ValueError(f"validation_tokens {train.validation_tokens} is below {words}")
+        if (train.decay_steps or 0) > train.schedule_steps - train.warmup_steps:
+            words = f"schedule_steps {train.schedule_steps} less warmup_steps {train.warmup_steps}"
+            raise ValueError(f"train.decay_steps {train.decay_steps} exceeds {words}")
         if self.run.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
         if few.save_at >= few.steps:

@@ -38,12 +38,13 @@ class NextTokenLoss(nn.Module):
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The rate of update `step` (0, 1, …): linear warm-up, cosine, then the least rate."""
+    """The rate of update `step` (0, 1, …): linear warm-up, constant, decay, then the least rate."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
-    span = max(settings.schedule_steps - settings.warmup_steps, 1)
-    done = min((step - settings.warmup_steps) / span, 1.0)
-    height = (1 + math.cos(math.pi * done)) / 2
+    most = max(settings.schedule_steps - settings.warmup_steps, 1)
+    span = settings.decay_steps or most  # without a constant part, the decay follows the warm-up
+    done = min(max((step - (settings.schedule_steps - span)) / span, 0.0), 1.0)
+    height = 1 - done if settings.decay == "linear" else (1 + math.cos(math.pi * done)) / 2
     return settings.min_learning_rate + height * (
         settings.learning_rate - settings.min_learning_rate
     )
