@@ -107,12 +107,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     model, tokenizer, _, _ = open_model(arguments)
     text, digest = read_text(arguments.data)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    tokens = tokens[: arguments.windows and arguments.windows * arguments.window]
-    context = model.config.max_position_embeddings
+    if arguments.windows:
+        text = tokenizer.decode(tokens := tokens[: arguments.windows * arguments.window])
     with refused("evaluate", "change --window, --stride or the text"):
-        if arguments.window > context:
+        if arguments.window > (context := model.config.max_position_embeddings):
             raise ValueError(f"window {arguments.window} exceeds the model's context of {context}")
-        result = score(model, tokens, arguments.window, arguments.stride)
+        result = score(model, tokens, arguments.window, arguments.stride, text)
     print(f"{arguments.data} (sha256 {digest[:12]}…): {result}")
     return 0
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from SmolLm3 import LlamaModel
+from workflow import evaluation
 from workflow.evaluation import evaluate, unigram_loss
+from workflow.proof import copy_reference
 
 
 @pytest.fixture
@@ -42,6 +44,43 @@ def test_overlapping_windows_score_each_token_once_with_the_most_context(model):
     assert result.tokens == 46
     assert result.loss == pytest.approx(np.mean(expected), rel=1e-5)
     assert "windows of 20 tokens every 8" in str(result)
+
+
+def test_transformers_model_gives_the_same_figure(reference):
+    tokens = np.random.default_rng(2).integers(257, size=3000)
+    ours = evaluate(copy_reference(reference), tokens, window=128, stride=48)
+    theirs = evaluate(reference.model, tokens, window=128, stride=48)
+    assert ours.tokens == theirs.tokens == 2999
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+
+
+def test_batches_and_parts_of_the_logits_change_nothing(model, monkeypatch):
+    tokens = np.random.default_rng(3).integers(257, size=1000)
+    figures = []
+    for at_once, rows in ((1, 10**6), (300, 7), (10**6, 64)):
+        monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", rows)
+        figures.append(evaluate(model, tokens, window=50, stride=20).loss)
+    assert figures == [pytest.approx(figures[0], rel=1e-6)] * 3
+
+
+def test_figures_by_word_and_byte_follow_their_definitions(model):
+    text = "some words of é text, " * 9
+    tokens = np.frombuffer(text.encode(), dtype=np.uint8)
+    result = evaluate(model, tokens, window=64, stride=64, text=text)
+    assert result.bits_per_byte == pytest.approx(result.loss / np.log(2), rel=1e-9)
+    words_a_token = 45 / len(tokens)
+    assert result.word_perplexity == pytest.approx(np.exp(result.loss / words_a_token), rel=1e-9)
+
+
+@pytest.mark.parametrize(("total", "window", "stride"), [(47, 20, 8), (40, 20, 20), (5, 9, 3)])
+def test_windows_score_every_token_that_has_context_once(total, window, stride):
+    seen = []
+    for start, length, fresh in evaluation.windows(total, window, stride):
+        assert length <= window and start + length <= total
+        seen += range(start + length - fresh, start + length)
+    unscored = range(0, total, window) if stride == window else [0]
+    assert seen == [place for place in range(total) if place not in unscored]
 
 
 def test_what_cannot_be_scored_is_refused(model):

@@ -271,14 +271,14 @@ def test_what_is_only_unusual_is_noted_and_resumed(trained):
 
 def test_weights_alone_can_be_evaluated(trained):
     story, path = trained
-    own = python(story, "evaluate", "input.txt", "--window", "64", "--checkpoint", str(path))
+    own = python(story, "evaluate", str(path), "--data", "input.txt", "--window", "64")
     weights_only(path)
-    alone = python(story, "evaluate", "input.txt", "--window", "64", "--checkpoint", str(path))
+    alone = python(story, "evaluate", str(path), "--data", "input.txt", "--window", "64")
     figures = [re.search(r"loss .*", result.stdout) for result in (own, alone)]
     assert figures[0] and figures[1] and figures[0][0] == figures[1][0]
     more = (*SHORT, "members.tiny.architecture.num_hidden_layers=1")
     other = python(
-        story, "evaluate", "input.txt", "--window", "64", "--checkpoint", str(path), settings=more
+        story, "evaluate", str(path), "--data", "input.txt", "--window", "64", settings=more
     )
     assert "model.layers.1" in one_line(other, 3)
 

@@ -121,8 +121,12 @@ def test_what_cannot_be_generated_is_said_in_one_line(here):
 
 def test_evaluate_says_how(here, story):
     (story / "text.txt").write_text("a text to be scored " * 20)
-    _, told, _ = here("evaluate", "text.txt", "--window", "64", "--stride", "32")
-    assert re.search(r"loss \d\.\d{4}, perplexity .*windows of 64 tokens every 32", told)
+    windows = ("--window", "64", "--stride", "32")
+    _, told, _ = here("evaluate", "reference", "--data", "text.txt", *windows)
+    assert re.search(
+        r"loss \d\.\d{4}, perplexity \d.*, word perplexity \d.*, \d.* bits a byte", told
+    )
+    assert "windows of 64 tokens every 32" in told
 
 
 def test_a_checkpoint_is_exported_for_transformers(here, story):
@@ -149,8 +153,8 @@ def test_a_checkpoint_generates_and_is_evaluated_with_its_own_weights(command, s
     command("train", *options(*SHORT))
     (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
     (story / "text.txt").write_text("a text to be scored " * 20)
-    own = command("evaluate", "text.txt", "--checkpoint", str(path), "--window", "64")
-    reference = command("evaluate", "text.txt", "--window", "64")
+    own = command("evaluate", str(path), "--data", "text.txt", "--window", "64")
+    reference = command("evaluate", "reference", "--data", "text.txt", "--window", "64")
     figures = [re.search(r"loss (\d+\.\d+)", result.stdout)[1] for result in (own, reference)]
     assert float(figures[0]) < float(figures[1])
     assert command("generate", "Once", "--checkpoint", str(path)).returncode == 0

@@ -67,8 +67,8 @@ def text_or_stdin(word: str) -> str:
 
 
 def evaluate(part: argparse.ArgumentParser) -> None:
-    weights(part)
-    part.add_argument("data", type=Path, metavar="TEXT")
+    part.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file, or: reference")
+    part.add_argument("--data", type=Path, required=True, metavar="TEXT", help="a UTF-8 file")
     part.add_argument("--window", type=int, default=1024, help="tokens (default: 1024)")
     part.add_argument("--stride", type=int, help="tokens (default: the window, without overlap)")
     part.add_argument("--windows", type=int, help="score only the first so many windows of text")

@@ -162,7 +162,7 @@ def foreign(path: Path, content: Any) -> ForeignError:
         what = f"it is not a checkpoint of this project (a {type(content).__name__} with {keys})"
         return ForeignError(path, what, "choose another")
     what = f"it has {len(weights)} weights, but no moments, step or random states of this project's"
-    do = f"it can be evaluated, not resumed: main.py evaluate TEXT --checkpoint {path}"
+    do = f"it can be evaluated, not resumed: main.py evaluate {path} --data TEXT"
     error = ForeignError(path, what, do)
     error.weights = weights
     return error

@@ -2,63 +2,117 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
+
+from SmolLm3 import LlamaModel
+
+TOKENS_AT_ONCE = 4096  # in a forward
+LOGITS_AT_ONCE = 1024  # rows; of 49152 floats each, 200 MB
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a token, mean over the `tokens` that were scored; protocol: how, in words."""
+    """loss: nats a token, mean over the `tokens` that were scored; protocol: how, in words.
+
+    words, bytes: of the text for each of its tokens; 0 where the text was not given.
+    """
 
     loss: float
     tokens: int
     protocol: str
+    words: float = 0.0
+    bytes: float = 0.0
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss)
 
+    @property
+    def word_perplexity(self) -> float:
+        """Words are what white space separates; comparable across tokenizers, as bytes are."""
+        return math.exp(self.loss / self.words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss / math.log(2) / self.bytes
+
     def __str__(self) -> str:
         figures = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}"
+        if self.words and self.bytes:
+            figures += f", word perplexity {self.word_perplexity:.4f}"
+            figures += f", {self.bits_per_byte:.4f} bits a byte"
         return f"{figures} over {self.tokens} tokens ({self.protocol})"
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, tokens: np.ndarray, window: int = 1024, stride: int | None = None
+    model: nn.Module,
+    tokens: np.ndarray,
+    window: int = 1024,
+    stride: int | None = None,
+    text: str = "",
 ) -> Evaluation:
     """Scores token ids (N,) in windows of `window` that start every `stride` (default: window).
 
     Each token is scored once, with the most context that a window gives it; the first of the first
     window has none and is not scored. Without overlap this holds for the first of every window. A
-    last part shorter than a window is scored too. `model` maps ids (1, T) to logits (1, T, V).
+    last part shorter than a window is scored too. model: a `LlamaModel`, or transformers' Llama.
+    text: what `tokens` are of, for figures by word and byte.
     Follows huggingface.co/docs/transformers/perplexity.
     """
     stride = window if stride is None else stride
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} must lie between 1 and window {window}")
-    device = next(model.parameters()).device
-    total, scored, done = 0.0, 0, 0  # `done`: targets before this place are scored
-    for start in range(0, max(len(tokens) - 1, 1), stride):
-        ids = torch.tensor(
-            np.asarray(tokens[start : start + window], dtype=np.int64), device=device
-        )
-        fresh = len(ids) - max(done - start, 1)  # targets that no window before has scored
-        if fresh > 0:
-            logits = model(ids[None, :-1])[0, -fresh:]
-            total += F.cross_entropy(logits.float(), ids[-fresh:], reduction="sum").item()
-            scored += fresh
-        done = start + len(ids)
-        if done >= len(tokens):
-            break
-    if scored == 0:
+    if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens are too few to score one")
-    return Evaluation(total / scored, scored, f"windows of {window} tokens every {stride}")
+    tokens, total, scored = np.asarray(tokens), 0.0, 0
+    spans = list(windows(len(tokens), window, stride))
+    bar = {"total": len(tokens), "unit": "token", "delay": 2, "leave": False, "file": sys.stdout}
+    with tqdm(desc="Evaluating", **bar) as progress:
+        for (length, fresh), group in itertools.groupby(spans, key=lambda span: span[1:]):
+            starts = [start for start, *_ in group]
+            size = max(TOKENS_AT_ONCE // window, 1)
+            for batch in (starts[first : first + size] for first in range(0, len(starts), size)):
+                places = np.array(batch)[:, None] + np.arange(length)
+                total += summed_loss(model, tokens[places].astype(np.int64), fresh)
+                scored += fresh * len(batch)
+                progress.update(fresh * len(batch))
+    rates = (len(text.split()) / len(tokens), len(text.encode()) / len(tokens))
+    return Evaluation(total / scored, scored, f"windows of {window} tokens every {stride}", *rates)
+
+
+def windows(total: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Start and length of each window, and how many targets at its end no window before has."""
+    done = 0  # targets before this place are scored
+    for start in range(0, total - 1, stride):
+        length = min(window, total - start)
+        fresh = start + length - max(done, start + 1)
+        if fresh > 0:
+            yield start, length, fresh
+        done = start + length
+        if done >= total:
+            return
+
+
+def summed_loss(model: nn.Module, rows: np.ndarray, fresh: int) -> float:
+    """The nats of the last `fresh` targets of each row (B, T), some logits at a time."""
+    ids = torch.from_numpy(rows).to(next(model.parameters()).device)
+    inputs, targets = ids[:, :-1], ids[:, -fresh:].flatten()
+    hidden = model.hidden(inputs) if isinstance(model, LlamaModel) else model.model(inputs)[0]
+    hidden = hidden[:, -fresh:].flatten(0, 1)
+    parts = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
+    losses = (F.cross_entropy(model.lm_head(h).float(), t, reduction="sum") for h, t in parts)
+    return sum(loss.item() for loss in losses)
 
 
 def unigram_loss(
