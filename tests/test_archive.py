@@ -14,7 +14,7 @@ def test_files_that_torch_writes_pass(tmp_path):
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     for content in ({"w": parameter}, [torch.zeros(2, 0), 1, "x", None, 2.5], torch.arange(3)):
         torch.save(content, path)
-        check_archive(path)
+        assert check_archive(path) is None
 
 
 def test_hostile_files_are_refused_run_nothing_and_take_no_memory(tmp_path):

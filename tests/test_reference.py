@@ -13,7 +13,14 @@ from transformers import AutoTokenizer
 from conftest import ROOT
 from workflow import reference as module
 from workflow.config import ConfigError, load_config
-from workflow.reference import SourceError, complete, load_reference, probe, repair_tokenizer
+from workflow.reference import (
+    SourceError,
+    complete,
+    load_reference,
+    probe,
+    random_model,
+    repair_tokenizer,
+)
 
 CACHE = ROOT / ".cache"  # the conversion takes half a minute; it is kept between test runs
 # As the official tokenizer of HuggingFaceTB/SmolLM2-135M cuts them.
@@ -187,3 +194,12 @@ def test_where_the_hub_is_switched_off_it_is_not_asked(monkeypatch, tmp_path):
     monkeypatch.setattr(module.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match="switched off by HF_HUB_OFFLINE"):
         load_reference("hub", member(), cache=tmp_path)
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_refused_with_both_numbers(config, tmp_path):
+    model, tokenizer = random_model(config.member.architecture, seed=1)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="vocab_size is 257, its tokenizer has 259 words"):
+        load_reference(str(tmp_path), config.member)

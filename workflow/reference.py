@@ -127,6 +127,9 @@ def load_reference(
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     model.requires_grad_(False).eval()
     config = compare_architecture(member.architecture, model.config, origin)
+    if (words := len(tokenizer)) > config.vocab_size:  # its last ones would have no embedding
+        what = f"vocab_size is {config.vocab_size}, its tokenizer has {words} words"
+        raise ConfigError(name, what, "take the tokenizer that belongs to the model")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
     return Reference(model, tokenizer, config, provenance, member)
