@@ -173,7 +173,7 @@ def test_a_checkpoint_generates_and_is_evaluated_with_its_own_weights(command, s
         (
             ["--profile", "huge"],
             2,
-            "there is no profile 'huge'; choose one of full, pretrain, cpu, quick, ci",
+            "there is no profile 'huge'; choose one of full, cpu, pretrain, quick, ci",
         ),
         (["--set", "data.text=absent.txt"], 2, "absent.txt: there is no such file"),
         (["--set", "data.text=short.txt"], 2, "tokens to train on, one sequence needs 33"),
