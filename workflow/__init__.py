@@ -19,7 +19,8 @@ class WorkflowError(Exception):
     exit_code = 2  # bad input or configuration
 
     def __init__(self, where: object, what: str, do: str):
-        super().__init__(f"{where}: {what}; {do}")
+        message = f"{where}: {what}; {do}"  # a key or a name can hold a line's end
+        super().__init__(" ".join(message.splitlines()))
         self.where, self.what = where, what
 
 
