@@ -1,103 +1,192 @@
-"""The Hub, played on loopback for the real client: a download, then its cache without a server."""
+"""The Hub, played on loopback: the real client against all that a network does."""
 
-import hashlib
-import http.server
-import json
-import threading
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+from loopback import COMMIT, Fault, serve
 
 from conftest import ROOT
 from workflow.config import load_config
+from workflow.hub import probe
 from workflow.reference import random_model
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers for org/tiny as the Hub does; its files are `server.files`."""
-
-    def do_GET(self):
-        files, name = self.server.files, self.path.rpartition("/")[2]
-        self.server.asked.append(self.path)
-        if self.path.startswith("/api/models/org/tiny/tree/"):
-            sizes = {name: len(body) for name, body in files.items()}
-            entries = [
-                {"type": "file", "path": name, "size": size, "oid": COMMIT}
-                for name, size in sizes.items()
-            ]
-            self.answer(200, json.dumps(entries).encode())
-        elif self.path.startswith("/api/models/org/tiny/revision/"):
-            siblings = [{"rfilename": name} for name in files]
-            known = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings}
-            self.answer(200, json.dumps(known).encode())
-        elif self.path.startswith("/org/tiny/resolve/") and name in files:
-            etag = hashlib.sha256(files[name]).hexdigest()
-            self.answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.answer(404, b"")
-
-    do_HEAD = do_GET
-
-    def answer(self, status, body, headers=None):
-        self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
+FILES = {"README.md": b"#", "config.json": b"{}" * 50, "model.safetensors": bytes(range(256)) * 999}
+ASK = f"""
+from workflow.hub import SourceError, snapshot
+try:
+    print(snapshot("org/tiny", "{COMMIT}", ["*.json", "*.safetensors"]))
+except SourceError as error:
+    print("error:", error)
+"""
 
 
 @pytest.fixture
-def hub(tmp_path):
-    """A server with one repository, org/tiny. `asked` lists the requests."""
+def hub():
+    """A server with one repository, org/tiny."""
+    with serve({"org/tiny": dict(FILES)}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def environment(hub, tmp_path):
+    """A client that knows only this server, and is in a hurry."""
+    return {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "hf"),
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
+        "HF_HUB_ETAG_TIMEOUT": "1",
+    }
+
+
+@pytest.fixture
+def ask(environment):
+    """What a process that wants org/tiny says last: its folder, or the error."""
+
+    def run(**more: str) -> str:
+        call = [sys.executable, "-c", ASK]
+        result = subprocess.run(
+            call, cwd=ROOT, env=os.environ | environment | more, capture_output=True, text=True
+        )
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        return result.stdout.splitlines()[-1]
+
+    return run
+
+
+def got(answer: str) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in Path(answer).iterdir()}
+
+
+WANTED = {name: FILES[name] for name in ("config.json", "model.safetensors")}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (
+            Fault("hang", "/api/"),
+            "did not answer within 3 s; with a network, type: hf download org",
+        ),
+        (
+            Fault("hang", "config"),
+            "did not answer within 3 s; with a network, type: hf download org",
+        ),
+        (Fault(401), "the Hub answered 401 Unauthorized; type: hf auth login"),
+        (Fault(403, "config.json"), "the Hub answered 403 Forbidden; type: hf auth login"),
+        (Fault(404), "the Hub answered 404 Not Found; mend its id or revision in the YAML"),
+        (Fault(429), "the Hub answered 429 Too Many Requests; wait some minutes and run again"),
+        (Fault(500), "the Hub answered 500 Internal Server Error; run again later"),
+        (Fault(418), "the Hub answered 418 I'm a Teapot; with a network, type: hf download"),
+        (Fault(403, "safetensors"), "Client error '403 Forbidden' for url"),
+        (Fault("stall", "safetensors"), "the download failed (timed out); run again, it goes on"),
+        (Fault("cut", "safetensors"), "the download failed (peer closed connection without"),
+        (Fault("wrong", "safetensors"), "model.safetensors arrived with another sha256 than the"),
+        (Fault("wrong", "config.json"), "config.json arrived with another sha256 than the Hub's"),
+    ],
+    ids=lambda value: f"{value.how} {value.where}" if isinstance(value, Fault) else "",
+)
+def test_each_trouble_is_one_line_and_once_it_is_over_all_is_well(hub, ask, fault, words):
+    hub.fault = fault
+    began = time.perf_counter()
+    answer = ask()
+    assert answer.startswith("error: org/tiny: ") and words in answer
+    assert time.perf_counter() - began < 25
+    hub.fault = None
+    assert got(ask()) == WANTED
+    hub.asked.clear()
+    assert got(ask()) == WANTED and hub.asked == []  # of the cache, unasked
+
+
+@pytest.mark.parametrize("how", ["slow", "cut", "stall"])
+def test_a_bad_line_is_no_obstacle(hub, ask, how):
+    hub.fault = Fault(how, "safetensors", times=2 if how == "slow" else 3)
+    assert got(ask()) == WANTED
+
+
+def test_a_cached_file_that_is_not_what_the_hub_said_is_never_used(hub, ask):
+    folder = Path(ask())
+    (folder / "model.safetensors").resolve().write_bytes(b"another of any size")
+    answer = ask(HF_HUB_OFFLINE="1")
+    assert answer.startswith("error: org/tiny: not in the cache, and HF_HUB_OFFLINE is set; ")
+    assert not (folder / "model.safetensors").exists()
+    assert got(ask()) == WANTED
+
+
+def test_offline_with_an_empty_cache_the_command_that_is_given_fetches_all(hub, ask, environment):
+    answer = ask(HF_HUB_OFFLINE="1")
+    assert hub.asked == []
+    typed = shlex.split(answer.partition("type: ")[2])
+    typed[0] = str(Path(sys.executable).with_name(typed[0]))
+    subprocess.run(typed, env=os.environ | environment, check=True, capture_output=True)
+    hub.asked.clear()
+    assert got(ask(HF_HUB_OFFLINE="1")) == WANTED
+    assert hub.asked == []
+
+
+def test_the_probe_asks_as_the_user_whose_token_the_client_would_send(hub, ask):
+    ask(HF_TOKEN="hf_of_somebody")  # noqa: S106
+    assert [hub.tokens[0], hub.tokens[1]] == 2 * ["Bearer hf_of_somebody"]
+
+
+def test_the_probe_says_what_is_wrong_and_never_waits_long(hub):
+    hub.fault = Fault("hang")
+    began = time.perf_counter()
+    what, status = probe(hub.url, seconds=0.3)
+    assert what.endswith("did not answer within 0.3 s") and status is None
+    assert time.perf_counter() - began < 2
+    for address in ("http://127.0.0.1:1", "no address", "http://[::bad", "http://name.invalid"):
+        assert "cannot be reached" in probe(address, seconds=20)[0]
+
+
+# --- whole commands -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(hub, tmp_path):
+    """org/tiny is a model of the ci profile, and the settings that ask for it."""
     folder = tmp_path / "served"
     architecture = load_config(ROOT / "SmolLm3_Config.yaml", "ci").member.architecture
     for part in random_model(architecture, seed=11):
         part.save_pretrained(folder)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    server.files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    hub.repositories["org/tiny"] = {file.name: file.read_bytes() for file in folder.iterdir()}
+    settings = ["members.tiny.hub_id=org/tiny", f"members.tiny.revision={COMMIT}"]
+    return [part for setting in settings for part in ("--set", setting)]
 
 
-def test_the_hub_is_asked_once_and_its_cache_afterwards(hub, command, tmp_path):
-    settings = ["--set", "members.tiny.hub_id=org/tiny", "--set", "reference.source=auto"]
-    settings += ["--set", f"members.tiny.revision={COMMIT}"]
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "NO_PROXY": "127.0.0.1",
-    }
-    first = command("verify", *settings, **environment)
+def test_the_hub_is_asked_once_and_its_cache_afterwards(hub, tiny, command, environment):
+    first = command("verify", *tiny, "--set", "reference.source=auto", **environment)
     assert first.returncode == 0, first.stderr
     assert f"Reference: org/tiny (from hub, revision {COMMIT}; weights sha256" in first.stdout
     assert any(path.endswith("model.safetensors") for path in hub.asked)
 
     hub.asked.clear()
-    again = command("verify", *settings, **environment)
+    again = command("verify", *tiny, "--set", "reference.source=auto", **environment)
     assert again.returncode == 0, again.stderr
     assert hub.asked == []
-    assert [line for line in again.stdout.splitlines() if line.startswith("Reference")] == [
-        line for line in first.stdout.splitlines() if line.startswith("Reference")
-    ]
+    assert reference_line(again) == reference_line(first)
 
 
-def test_a_hub_that_does_not_know_the_model_is_said_in_one_line(hub, command, tmp_path):
-    settings = ["--set", "members.tiny.hub_id=org/absent", "--set", "reference.source=hub"]
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "NO_PROXY": "127.0.0.1",
-    }
-    result = command("verify", *settings, **environment)
+def reference_line(result) -> list[str]:
+    return [line for line in result.stdout.splitlines() if line.startswith("Reference")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (404, "the Hub answered 404 Not Found; mend its id"),
+        (401, "the Hub answered 401"),
+        ("wrong", "arrived with another sha256"),
+    ],
+)
+def test_a_command_says_it_in_one_line(hub, tiny, command, environment, fault, words):
+    hub.fault = Fault(fault, "config.json" if fault == "wrong" else "")
+    result = command("generate", "x", *tiny, "--set", "reference.source=hub", **environment)
     assert result.returncode == 5
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: org/absent: it answered 404 Not Found; ")
+    assert line.startswith("error: org/tiny: ") and words in line

@@ -13,16 +13,11 @@ import importlib.util
 import json
 import os
 import shutil
-import threading
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -37,29 +32,15 @@ from transformers.utils import logging as transformers_logging
 
 from SmolLm3 import ModelConfig
 
-from . import WorkflowError, weights_sha256
+from . import weights_sha256
 from .config import ConfigError
 from .files import DAY, remove_unfinished
+from .hub import SourceError, snapshot
 from .settings import Member
 
 END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # the latter in SmolLM3 and Llama 3
-PROBE_SECONDS = 3.0
-HUB_FILES = [
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "tokenizer*.json",
-    "*.jinja",
-    "special_tokens_map.json",
-]
-
-
-class SourceError(WorkflowError):
-    """The reference cannot be had."""
-
-    exit_code = 5
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -170,25 +151,10 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
 
 
 def from_hub(member: Member) -> Path:
-    """The snapshot's folder: the Hub's cache, else a download, if a probe finds the Hub there."""
+    """The snapshot's folder, downloaded if the cache does not have it."""
     if member.hub_id is None:
         raise SourceError("reference", "this member has no Hub id", "name a folder")
-    wanted = {"repo_id": member.hub_id, "revision": member.revision, "allow_patterns": HUB_FILES}
-    try:
-        folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if complete(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    url = f"{constants.ENDPOINT}/api/models/{member.hub_id}/revision/{member.revision}"
-    trouble = "it is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else probe(url)
-    if trouble:
-        raise SourceError(member.hub_id, trouble, "connect to the network and run again")
-    try:
-        return Path(snapshot_download(**wanted))
-    except Exception as error:  # the client's own errors, and those of every layer below it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SourceError(member.hub_id, f"the download failed ({reason})", "run again") from None
+    return snapshot(member.hub_id, member.revision, HUB_FILES, complete=complete)
 
 
 def complete(folder: Path) -> bool:
@@ -199,28 +165,6 @@ def complete(folder: Path) -> bool:
         any(folder.glob(file))
         for file in ("config.json", "tokenizer.json", "*.safetensors", *shards)
     )
-
-
-def probe(url: str, seconds: float = PROBE_SECONDS) -> str | None:
-    """None if `url` answers well within `seconds`, else what is wrong, in words.
-
-    In a thread, since a name that does not resolve can outlast any timeout of a socket.
-    """
-    outcome = [f"it did not answer within {seconds:g} s"]
-
-    def ask():
-        try:
-            with urllib.request.urlopen(url, timeout=seconds):  # noqa: S310, HF_ENDPOINT is the user's
-                outcome[0] = None
-        except urllib.error.HTTPError as error:
-            outcome[0] = f"it answered {error.code} {error.reason}"
-        except (OSError, ValueError) as error:
-            outcome[0] = f"it cannot be reached ({getattr(error, 'reason', error)})"
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcome[0]
 
 
 # --- the wheel ------------------------------------------------------------------------------------

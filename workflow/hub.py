@@ -1,0 +1,177 @@
+"""The Hugging Face Hub: asked only where a probe finds it, and not believed without a hash.
+
+What is in the client's cache is taken from there. Else one probe of three seconds decides whether
+the client, which can wait for minutes, is let loose at all. In the cache a file bears the name of
+its own hash; one that does not match it, downloaded or old, is removed and never used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import constants, get_token, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars, logging
+
+from . import WorkflowError
+from .files import DiskError
+
+PROBE_SECONDS = 3.0
+LOG_IN = "type: hf auth login, with an account that may read it"
+MENDS = {  # what the Hub answers, and what the user can do; for anything else, fetch it elsewhere
+    401: LOG_IN,
+    403: LOG_IN,
+    404: "mend its id or revision in the YAML",
+    429: "wait some minutes and run again",
+    500: "run again later",
+    502: "run again later",
+    503: "run again later",
+}
+
+
+class SourceError(WorkflowError):
+    """The reference, or the data, cannot be had."""
+
+    exit_code = 5
+
+
+def snapshot(
+    repo_id: str,
+    revision: str,
+    patterns: list[str],
+    *,
+    repo_type: str = "model",
+    complete: Callable[[Path], bool] = lambda folder: True,
+) -> Path:
+    """The folder of a revision's files in the Hub's cache, downloaded if need be.
+
+    revision: a commit, a branch or a tag; the folder bears the commit's name.
+    patterns: which files, `*` for any characters. complete: whether a cached folder has them all.
+    Raises SourceError, with what to do.
+    """
+    wanted = {
+        "repo_id": repo_id,
+        "revision": revision,
+        "repo_type": repo_type,
+        "allow_patterns": patterns,
+    }
+    fetch = f"with a network, type: {fetch_command(repo_id, revision, patterns, repo_type)}"
+    try:
+        folder = Path(snapshot_download(**wanted, local_files_only=True))
+        if complete(folder) and not remove_wrong(folder):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    except ValueError as error:  # no possible id
+        raise SourceError(repo_id, str(error), MENDS[404]) from None
+    if constants.HF_HUB_OFFLINE:
+        raise SourceError(repo_id, "not in the cache, and HF_HUB_OFFLINE is set", fetch)
+    if trouble := probe(*addresses(repo_id, revision, repo_type)):
+        what, status = trouble
+        raise SourceError(repo_id, what, MENDS.get(status, fetch))
+    print(f"Fetching {repo_id}, revision {revision}, from {constants.ENDPOINT}")
+    logging.set_verbosity_error()  # what goes wrong is said once, here
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        folder = Path(snapshot_download(**wanted))
+    except Exception as error:  # the client's own errors, and those of every layer below it
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            where, full = constants.HF_HUB_CACHE, "the disk is full"
+            raise DiskError(where, full, "free some room, or set HF_HOME=FOLDER") from None
+        what, status = cause(error)
+        raise SourceError(repo_id, what, MENDS.get(status, "run again, it goes on there")) from None
+    if wrong := remove_wrong(folder):
+        what = f"{', '.join(wrong)} arrived with another sha256 than the Hub's, and was removed"
+        raise SourceError(repo_id, what, "run again")
+    return folder
+
+
+def fetch_command(repo_id: str, revision: str, patterns: list[str], repo_type: str) -> str:
+    """What to type to have all this in the cache."""
+    kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+    include = "".join(f" --include '{pattern}'" for pattern in patterns)
+    return f"hf download {repo_id}{kind} --revision {revision}{include}"
+
+
+def addresses(repo_id: str, revision: str, repo_type: str) -> list[str]:
+    """What the client will ask for: what there is, and a file, which may be closed to some."""
+    kind, file = ("", "config.json") if repo_type == "model" else (f"{repo_type}s/", "README.md")
+    return [
+        f"{constants.ENDPOINT}/api/{repo_type}s/{repo_id}/revision/{revision}",
+        f"{constants.ENDPOINT}/{kind}{repo_id}/resolve/{revision}/{file}",
+    ]
+
+
+def probe(*urls: str, seconds: float = PROBE_SECONDS) -> tuple[str, int | None] | None:
+    """None if all answer well within `seconds`, else what is wrong, and the status if any.
+
+    In a thread, since a name that does not resolve can outlast any timeout of a socket.
+    """
+    silent = (f"{constants.ENDPOINT} did not answer within {seconds:g} s", None)
+    outcome = [silent]
+
+    def ask():
+        try:
+            for url in urls:
+                request = urllib.request.Request(url)  # noqa: S310, HF_ENDPOINT is the user's
+                if token := get_token():  # for this host alone, not where it may redirect to
+                    request.add_unredirected_header("Authorization", f"Bearer {token}")
+                urllib.request.urlopen(request, timeout=seconds).close()  # noqa: S310
+            outcome[0] = None
+        except urllib.error.HTTPError as error:
+            there = error.headers.get("X-Error-Code") == "EntryNotFound"  # but not that file
+            what = f"the Hub answered {error.code} {error.reason}"
+            outcome[0] = None if there else (what, error.code)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why = getattr(error, "reason", error)
+            if not isinstance(why, TimeoutError):
+                outcome[0] = (f"{constants.ENDPOINT} cannot be reached ({why})", None)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0]
+
+
+def cause(error: Exception) -> tuple[str, int | None]:
+    """What is at the bottom of the client's error, which is wrapped in advice, and its status."""
+    while error.__cause__:
+        error = error.__cause__
+    words = str(error).strip().splitlines() or [type(error).__name__]
+    response = getattr(error, "response", None)
+    return f"the download failed ({words[0]})", getattr(response, "status_code", None)
+
+
+def remove_wrong(folder: Path) -> list[str]:
+    """Removes files of a cached snapshot that are not what the Hub said, and returns their names.
+
+    Where the cache has no links (Windows without developer mode), there is no hash to compare.
+    """
+    wrong = []
+    for link in sorted(folder.rglob("*")):
+        if link.is_symlink() and link.is_file() and not as_named(blob := link.resolve()):
+            blob.unlink()
+            link.unlink()
+            wrong.append(link.name)
+    return wrong
+
+
+def as_named(blob: Path) -> bool:
+    """Whether a file's name is its hash: sha256 of a large one, else git's, as the Hub does it."""
+    git = len(blob.name) == 40
+    digest = hashlib.sha1(usedforsecurity=False) if git else hashlib.sha256()
+    if git:
+        digest.update(f"blob {blob.stat().st_size}\0".encode())
+    with open(blob, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest() == blob.name
