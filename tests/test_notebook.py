@@ -1,13 +1,20 @@
 """The notebook tells the story, calls, shows and asserts; it defines nothing."""
 
 import ast
+import contextlib
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 from conftest import ROOT
 from workflow.notebook import SKIPPED, run_cells
@@ -123,6 +130,168 @@ def test_a_notebook_that_fails_is_kept_and_said(story):
     )
     kept = nbformat.read(story / "runs" / "failed.ipynb", as_version=4)
     assert kept.cells[0].outputs[0].text == "1\n"
+
+
+# --- stops ----------------------------------------------------------------------------------------
+
+
+OPENING = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "run = Run(")
+TRAINING = "run.until(config.train.steps)"
+
+
+def cell_with(part: str) -> nbformat.NotebookNode:
+    (found,) = [cell for cell in CODE if part in cell.source]
+    return found
+
+
+def alive(story) -> list[str]:
+    """The processes that work in a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cwd"):
+        with contextlib.suppress(OSError):
+            if place.resolve() == story.resolve():
+                found.append((place.parent / "cmdline").read_text().replace("\0", " "))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_goes_on(story):
+    cells = [cell_with(part).copy() for part in (*OPENING, TRAINING)]
+    cells[0].source = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.print_every=50']"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
+    command = [sys.executable, "-m", "workflow.notebook"]
+    for moment, number in (("Step: 300,", signal.SIGTERM), ("Step: 800,", signal.SIGINT)):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=story, **pipes) as process:
+            next(line for line in process.stdout if moment in line)
+            process.send_signal(number)
+            rest, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert re.search(r"^Saved checkpoint_\d+\.pt$", rest, re.MULTILINE)
+        assert errors == "Stopped; run it again, and it goes on\n"
+        assert alive(story) == []
+    run(story, *command[1:])
+    (record,) = (story / "runs").glob("ci-[0-9a-f]*/metrics.jsonl")
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 1501))
+
+
+class Kernel:
+    """A real kernel, as JupyterLab has one, that runs cells of main.ipynb."""
+
+    def __init__(self, story):
+        options = {"cwd": story, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+        self.manager, self.client = start_new_kernel(**options)
+
+    def run(self, source: str, interrupt_at: str | float | None = None) -> tuple[str, str]:
+        """What a cell prints, and its error ("" for none).
+
+        interrupt_at: press stop once this is printed, or after so many seconds.
+        """
+        printed, stop = [], self.manager.interrupt_kernel
+
+        def hook(message):
+            if message["msg_type"] == "stream":
+                printed.append(message["content"]["text"])
+                if isinstance(interrupt_at, str) and interrupt_at in printed[-1]:
+                    stop()
+
+        if isinstance(interrupt_at, float):
+            threading.Timer(interrupt_at, stop).start()
+        reply = self.client.execute_interactive(source, output_hook=hook, timeout=200)["content"]
+        error = f"{reply['ename']}: {reply['evalue']}" if reply["status"] == "error" else ""
+        return "".join(printed), error
+
+    def run_all(self, **settings) -> str:
+        """Run All Cells; nothing may fail."""
+        told = ""
+        for cell in EXECUTED:
+            printed, error = self.run(self.with_settings(cell.source, **settings))
+            assert error == "", f"{cell.source}\n{error}"
+            told += printed
+        return told
+
+    @staticmethod
+    def with_settings(source: str, **settings) -> str:
+        lines = [f"{name} = {value!r}" for name, value in settings.items()]
+        return "\n".join([source, *lines]) if source.startswith("PROFILE") else source
+
+
+@pytest.fixture
+def kernel(story):
+    kernel = Kernel(story)
+    yield kernel
+    kernel.client.stop_channels()
+    kernel.manager.shutdown_kernel(now=True)
+
+
+SETTINGS = {
+    "train.steps": 400,
+    "train.resume_steps": 300,
+    "train.schedule_steps": 700,
+    "train.validate_every": 200,
+    "train.checkpoint_every": 200,
+    "sample.every": 200,
+    "breaking.steps": 1,
+    "proof.new_tokens": 8,
+}
+SHORT = {"PROFILE": "ci", "OVERRIDES": [f"{key}={value}" for key, value in SETTINGS.items()]}
+CARRIED, RESUMED, COMPARED = "run.carry_on(", "run = Run.resume(", "assert resumed == never_stopped"
+
+
+def losses(story) -> dict[int, float]:
+    """Of the record; no step may be in it twice."""
+    (record,) = (story / "runs").glob("ci-[0-9a-f]*/metrics.jsonl")
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    found = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert len(found) == sum("loss" in row for row in rows)
+    return found
+
+
+def test_each_long_cell_can_be_stopped_and_run_again_and_all_of_them_too(story, kernel):
+    for part in OPENING:
+        kernel.run(kernel.with_settings(cell_with(part).source, **SHORT))
+    for part, moment, saved in (
+        (TRAINING, "Step: 200,", True),
+        (CARRIED, 0.5, False),
+        (RESUMED, "Resume Loss", True),
+    ):
+        told, error = kernel.run(cell_with(part).source, interrupt_at=moment)
+        assert error.startswith("KeyboardInterrupt"), told
+        assert saved == ("Saved checkpoint_" in told), told
+        told, error = kernel.run(cell_with(part).source)
+        assert error == "", told
+    told, error = kernel.run(cell_with(COMPARED).source)
+    assert error == "" and "300 steps, largest difference of a loss: 0.0" in told
+    stopped = losses(story)
+    assert list(stopped) == list(range(1, 701))
+
+    told = kernel.run_all(**SHORT)
+    assert "already at step 700; from the record:" in told
+    again = kernel.run_all(**SHORT)
+    (line,) = set(printed(again)) - set(printed(told))
+    assert re.fullmatch(r"Rehearsal ci-rehearsal-\w+: told from the record", line)
+    alone, error = kernel.run(cell_with(TRAINING).source)
+    assert error == "" and alone in told
+    assert losses(story) == stopped
+
+    shutil.rmtree(story / "runs"), shutil.rmtree(story / "checkpoints")
+    sets = [part for setting in SHORT["OVERRIDES"] for part in ("--set", setting)]
+    run(story, "main.py", "train", *sets)
+    assert losses(story) == {step: loss for step, loss in stopped.items() if step <= 400}
+
+
+def test_an_error_has_the_same_words_in_the_notebook_and_on_the_command_line(story, kernel):
+    for part in OPENING[:2]:
+        kernel.run(kernel.with_settings(cell_with(part).source, OVERRIDES=["train.steps=-1"]))
+    _, error = kernel.run(cell_with("load_config(").source)
+    result = subprocess.run(
+        [sys.executable, "main.py", "train", "--set", "train.steps=-1"],
+        cwd=story,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr == f"error: {error.partition(': ')[2]}\n"
 
 
 @pytest.mark.slow

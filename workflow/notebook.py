@@ -8,13 +8,18 @@ cells as a plain script.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import re
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
+
+from .signals import raise_on_sigterm
 
 STORY = Path("main.ipynb")
 RUNS = Path("runs")
@@ -41,30 +46,18 @@ def execute(path: Path = STORY) -> Path:
     """Executes a notebook with nbclient, printing as it goes; returns the folder of the run.
 
     The last line `Run folder: …` of its output says where that is; a notebook that fails is kept in
-    `runs` itself.
+    `runs` itself. Ctrl-C and SIGTERM are passed on to the kernel, where the run saves itself.
     """
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-
-    class LiveClient(NotebookClient):
-        def process_message(self, msg, cell, cell_index):
-            if msg["msg_type"] == "stream":
-                print(msg["content"]["text"], end="", flush=True)
-            return super().process_message(msg, cell, cell_index)
+    from nbclient.exceptions import CellExecutionError
 
     story = nbformat.read(path, as_version=4)
-    quiet = "--IPKernelApp.log_level=ERROR"  # else each run warns that loopback is not encrypted
-    client = LiveClient(
-        story,
-        timeout=None,
-        kernel_name="python3",
-        skip_cells_with_tag=SKIPPED,
-        coalesce_streams=True,
-        extra_arguments=[quiet],
-    )
+    client = live_client(story)
     try:
         client.execute()
-    except (CellExecutionError, DeadKernelError) as error:
+    except (CellExecutionError, RuntimeError) as error:  # the latter of a dead kernel
+        if client.stopped_by:
+            print("Stopped; run it again, and it goes on", file=sys.stderr)
+            sys.exit(128 + client.stopped_by)
         RUNS.mkdir(exist_ok=True)
         write(story, RUNS / "failed")
         what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
@@ -72,6 +65,48 @@ def execute(path: Path = STORY) -> Path:
     folder = run_folder(story) or RUNS
     write(story, folder / path.stem)
     return folder
+
+
+def live_client(story: nbformat.NotebookNode):
+    """A client that prints what the kernel prints, and passes signals on to it."""
+    from nbclient import NotebookClient
+    from nbclient.exceptions import DeadKernelError
+
+    class LiveClient(NotebookClient):
+        stopped_by = 0  # the number of the signal
+
+        def process_message(self, msg, cell, cell_index):
+            if msg["msg_type"] == "stream":
+                print(msg["content"]["text"], end="", flush=True)
+            return super().process_message(msg, cell, cell_index)
+
+        async def async_start_new_kernel(self, **options):
+            with suppress(NotImplementedError):  # Windows
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    asyncio.get_running_loop().add_signal_handler(number, self.stop, number)
+            await super().async_start_new_kernel(**options)
+
+        async def async_execute_cell(self, *arguments, **options):
+            if self.stopped_by:  # a kernel that is between two cells takes no notice
+                raise DeadKernelError("stopped between two cells")
+            return await super().async_execute_cell(*arguments, **options)
+
+        def stop(self, number: int) -> None:
+            """The first signal interrupts the cell, which saves; a second kills the kernel."""
+            again, self.stopped_by = bool(self.stopped_by), number
+            if self.km.has_kernel:
+                act = self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel()
+                self.stopping = asyncio.ensure_future(act)
+
+    return LiveClient(
+        story,
+        timeout=None,
+        kernel_name="python3",
+        skip_cells_with_tag=SKIPPED,
+        coalesce_streams=True,
+        # else each run warns that loopback is not encrypted
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
+    )
 
 
 def run_folder(story: nbformat.NotebookNode) -> Path | None:
@@ -96,7 +131,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.profile:
         os.environ["SMOLLM_PROFILE"] = arguments.profile  # the kernel inherits it
-    folder = execute()
+    raise_on_sigterm()
+    try:
+        folder = execute()
+    except KeyboardInterrupt as stop:
+        sys.exit(getattr(stop, "exit_code", 130))
     print(
         f"\nMade:\n"
         f"  {folder}/main.html   the executed story: open it in a browser\n"
