@@ -32,7 +32,7 @@ def story(arguments: argparse.Namespace) -> int:
 def verify(arguments: argparse.Namespace) -> int:
     """Prove that the copy is the original, rung by rung; exit 1 if one fails."""
     from workflow import ladder, proof
-    from workflow.data import read_text
+    from workflow.documents import read_text
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         reference, config = open_reference(arguments)
@@ -101,7 +101,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Loss and perplexity on a text, with the reference's weights or a checkpoint's."""
-    from workflow.data import read_text
+    from workflow.documents import read_text
     from workflow.evaluation import evaluate as score
 
     model, tokenizer, _, _ = open_model(arguments)

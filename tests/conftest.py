@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import main  # noqa: E402
 from workflow.config import load_config  # noqa: E402
 from workflow.reference import load_reference  # noqa: E402
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
 torch.set_num_threads(1)
 STORY = ("SmolLm3.py", "SmolLm3_Config.yaml", "main.py", "main.ipynb", "input.txt", "workflow")
 
@@ -25,6 +27,7 @@ STORY = ("SmolLm3.py", "SmolLm3_Config.yaml", "main.py", "main.ipynb", "input.tx
 def overrides(folder: Path, *more: str) -> list[str]:
     """A short run of the ci profile with all its files in `folder`."""
     return [
+        f"data.source={ROOT / 'input.txt'}",
         f"data.text={ROOT / 'input.txt'}",
         f"paths.checkpoints={folder / 'checkpoints'}",
         f"paths.runs={folder / 'runs'}",

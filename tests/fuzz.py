@@ -21,6 +21,7 @@ from workflow.config import load_config
 from workflow.data import load_corpus
 from workflow.generation import prompt_ids, text_pieces
 from workflow.proof import copy_reference
+from workflow.sources import Source
 
 YAML = ROOT / "SmolLm3_Config.yaml"
 SECONDS = 20  # that one case may take; a hang is an error
@@ -30,6 +31,8 @@ PATHS = [
     ("profiles", "ci", "train"),
     *(("train", key) for key in yaml.safe_load(YAML.read_text())["train"]),
     ("data", "text"),
+    ("data", "source"),
+    ("data", "column"),
     ("sample", "prompt"),
     ("run", "name"),
     ("run", "seed"),
@@ -117,7 +120,7 @@ def fuzz_text(folder: Path, reference, cases: int) -> int:
         data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
         file.write_bytes(data)
         try:
-            corpus = load_corpus(file, tokenizer, 0, 0.3, 4, folder)
+            corpus = load_corpus(Source(file.name, (file,)), tokenizer, 0, 0.3, 4, folder)
         except WorkflowError as error:
             one_line(error)
         else:

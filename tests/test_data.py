@@ -1,7 +1,7 @@
 """Text becomes batches: what is kept, what is held out, and in which order it comes."""
 
-import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,45 +9,18 @@ import torch
 from tokenizers import Tokenizer
 
 from conftest import ROOT
-from workflow import data
-from workflow.data import (
-    DataError,
-    batch_at,
-    load_corpus,
-    read_parts,
-    read_text,
-    split_point,
-    tokenize,
-    validation_batches,
-)
+from workflow.data import batch_at, load_corpus, split_point, validation_batches
+from workflow.documents import DataError
+from workflow.sources import Source
+
+
+def source(file: Path) -> Source:
+    return Source(file.name, (file,))
 
 
 @pytest.fixture
 def tokenizer(reference) -> Tokenizer:
     return reference.tokenizer.backend_tokenizer
-
-
-def test_documents_start_at_headings_and_end_with_the_end_of_text(tokenizer):
-    text = "before\n\n = One = \n\nfirst\n\n = = Part = = \n\nmore\n\n = Two = \n\nsecond\n"
-    (ids,) = tokenize([text], tokenizer, 0)
-    ends = [place for place, token in enumerate(ids) if token == 0]
-    starts = [0, *(end + 1 for end in ends[:-1])]
-    documents = [tokenizer.decode(ids[a:b]) for a, b in zip(starts, ends, strict=True)]
-    assert documents == [
-        "before",
-        " = One = \n\nfirst\n\n = = Part = = \n\nmore",
-        " = Two = \n\nsecond",
-    ]
-
-
-@pytest.mark.parametrize("size", [100, 1000, 30_000])
-def test_a_text_read_in_parts_gives_the_ids_of_the_whole(smollm2, monkeypatch, size):
-    tokenizer, path = smollm2.tokenizer.backend_tokenizer, ROOT / "input.txt"
-    whole = [token for ids in tokenize(read_parts(path), tokenizer, 0) for token in ids]
-    monkeypatch.setattr(data, "PART", size)
-    parts = list(tokenize(read_parts(path), tokenizer, 0))
-    assert [token for ids in parts for token in ids] == whole
-    assert len(parts) > 5
 
 
 @pytest.mark.slow
@@ -57,7 +30,7 @@ def test_one_line_of_100_mb_takes_bounded_memory(tokenizer, tmp_path):
         for _ in range(100):
             file.write(b"words " * 87_382 + b"x" * 524_288)  # spaces, then none for long
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    corpus = load_corpus(text, tokenizer, 0, 0.1, 16, tmp_path / "cache")
+    corpus = load_corpus(source(text), tokenizer, 0, 0.1, 16, tmp_path / "cache")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert len(corpus.train) + len(corpus.validation) == text.stat().st_size + 1
     assert grown < 1_500_000  # kB
@@ -80,16 +53,18 @@ def test_the_projects_own_text_is_long_various_and_free_of_repetition():
 def test_the_token_file_is_made_once_for_a_text_and_a_tokenizer(tokenizer, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("hello world " * 50)
-    first = load_corpus(text, tokenizer, 0, 0.2, 16, tmp_path)
+    first = load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path)
     (file,) = (tmp_path / "tokens").iterdir()
     written = file.stat().st_mtime_ns
-    again = load_corpus(text, tokenizer, 0, 0.2, 16, tmp_path)
+    again = load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path)
     assert file.stat().st_mtime_ns == written
     assert np.array_equal(first.train, again.train)
     assert first.train.dtype == np.uint16
     assert len(first.train) + len(first.validation) == 12 * 50 + 1
     text.write_text("other words " * 50)
-    assert load_corpus(text, tokenizer, 0, 0.2, 16, tmp_path).text_sha256 != first.text_sha256
+    assert (
+        load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path).text_sha256 != first.text_sha256
+    )
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
@@ -150,16 +125,4 @@ def test_a_text_that_cannot_be_trained_on_says_why(tokenizer, tmp_path, content,
     text = tmp_path / "text.txt"
     text.write_bytes(content)
     with pytest.raises(DataError, match=words):
-        load_corpus(text, tokenizer, 0, 0.1, 16, tmp_path)
-
-
-def test_a_path_that_is_no_file_is_refused_without_hanging(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    for path, words in (("absent", "no such file"), ("", "a folder"), ("fifo", "not a file")):
-        with pytest.raises(DataError, match=words):
-            read_text(tmp_path / path)
-
-
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_path):
-    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf = A = \r\n\r\nx\r\n")
-    assert read_text(tmp_path / "text.txt")[0] == " = A = \n\nx\n"
+        load_corpus(source(text), tokenizer, 0, 0.1, 16, tmp_path)

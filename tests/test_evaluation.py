@@ -6,8 +6,10 @@ import torch
 
 from SmolLm3 import LlamaModel
 from workflow import evaluation
-from workflow.evaluation import evaluate, unigram_loss
+from workflow.evaluation import comparison, evaluate, unigram_loss
+from workflow.origin import untrained
 from workflow.proof import copy_reference
+from workflow.training import Run
 
 
 @pytest.fixture
@@ -94,3 +96,35 @@ def test_the_unigram_model_is_counts_and_nothing_else():
     train, held_out = np.array([0, 0, 0, 1]), np.array([0, 1, 2])
     shares = np.array([3.05, 1.05, 0.05]) / 4.15
     assert unigram_loss(train, held_out, 3) == pytest.approx(-np.log(shares).mean())
+
+
+def test_a_comparison_has_a_row_for_each_model_on_each_text_with_its_protocol(model, reference):
+    ids = reference.tokenizer("some words of a text " * 9, add_special_tokens=False).input_ids
+    texts = {"one": ids, "two": ids[:50]}
+    models = {"before": model, "after": copy_reference(reference)}
+    found, table = comparison(models, texts, reference.tokenizer, 16)
+    assert found["two", "after"] == evaluate(
+        models["after"], ids[:50], 16, text=reference.tokenizer.decode(ids[:50])
+    )
+    head, *rows, protocol = table.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        ["one", "before"],
+        ["one", "after"],
+        ["two", "before"],
+        ["two", "after"],
+    ]
+    assert f"{found['one', 'after'].bits_per_byte:.4f}" == rows[1].split()[-1]
+    assert head.split()[:5] == ["text", "model", "tokens", "loss", "perplexity"]
+    assert protocol == "(windows of 16 tokens every 16)"
+
+
+@pytest.mark.parametrize("init", ["scratch", "reference"])
+def test_an_untrained_model_is_that_of_the_first_step(config, reference, init):
+    train = config.train.model_copy(update={"init": init})
+    config = config.model_copy(update={"train": train})
+    state = torch.get_rng_state()
+    model = untrained(config, reference)
+    assert torch.equal(state, torch.get_rng_state())
+    run = Run(config, reference)
+    assert all(map(torch.equal, model.parameters(), run.model.parameters()))
+    run.close()

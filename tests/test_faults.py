@@ -125,7 +125,7 @@ def test_a_text_or_a_prompt_that_cannot_be_used_says_why(finished, tmp_path):
         ("nul.txt", "byte 3 is a NUL"),
         ("bom.txt", "byte 6 is not UTF-8"),
     ):
-        settings = (*SHORT, f"data.text={tmp_path / name}", f"paths.cache={tmp_path}")
+        settings = (*SHORT, f"data.source={tmp_path / name}", f"paths.cache={tmp_path}")
         assert words in one_line(python(finished, "train", settings=settings), 2)
     line = one_line(python(finished, "generate", b"half a character: \xed\xa0", settings=()), 2)
     assert line.startswith("error: generate: character 18 of the prompt is half a character")

@@ -66,7 +66,7 @@ class World:
         if not text.is_file():  # 14 steps of 32 tokens are over two epochs of it
             text.write_text((conftest.ROOT / "input.txt").read_text()[:360])
         settings = [s for s in conftest.overrides(self.folder) if not s.startswith("data.")]
-        settings += [f"data.text={text}", f"train.steps={self.last}", *SETTINGS]
+        settings += [f"data.source={text}", f"train.steps={self.last}", *SETTINGS]
         return load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci", settings)
 
     def fresh(self, name: str, last: int = LAST) -> World:

@@ -17,7 +17,7 @@ import torch
 
 from SmolLm3 import LlamaModel
 
-from .data import read_text
+from .documents import read_text
 from .evaluation import evaluate
 from .gguf_file import read_tensors
 from .ladder import OUTSIDE, Rung

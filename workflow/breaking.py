@@ -187,7 +187,9 @@ def study(
     The curves take half an hour on a CPU: they are told from the record, unless `breaking.steps`
     asks for them. A record of other weights is not told.
     """
-    settings, (corpus, _) = config.breaking, identify(config, Origin.of(reference))
+    own_text = config.data.model_copy(update={"source": str(config.data.text)})
+    corpus, _ = identify(config.model_copy(update={"data": own_text}), Origin.of(reference))
+    settings = config.breaking
     held_out = corpus.validation[: settings.tokens].astype(np.int64)
     ids = torch.from_numpy(held_out)[None]
     with torch.no_grad():

@@ -1,21 +1,19 @@
 """Text becomes batches.
 
-A text is cut into documents at its headings, tokenised, joined by the end-of-text token into one
-stream, and split once into a training and a held-out part. Batches are a pure function of (seed,
+Documents are tokenised and joined by the end-of-text token into one stream, with a held-out part of
+its own or taken from the end. Batches are a pure function of (seed,
 step): nothing is padded, nothing is dropped, and a resumed run needs no more than the step to go on
 with the very next tokens.
 """
 
 from __future__ import annotations
 
-import codecs
 import functools
 import hashlib
-import io
 import itertools
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,29 +21,25 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from tqdm import tqdm
 
-from . import WorkflowError
+from .documents import DataError, documents, sha256_of_text, size_of_text
 from .files import DAY, remove_unfinished, written_whole
+from .sources import Source
 
-# wikitext's ` = Title = `, not its ` = = Section = = `
-HEADING = re.compile(r"^(?= = [^=\n].* = $)", re.MULTILINE)
-GAP = re.compile(r"(?<=\w) (?=\w)")
-PART = 1 << 20  # characters, or bytes, that are read and tokenised at once
-
-
-class DataError(WorkflowError):
-    """The text cannot be trained on."""
+TOGETHER = 1 << 21  # characters that are tokenised at once
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text, split once.
+    """A tokenised text, in two parts.
 
     train, validation: token ids, uint16 or uint32, memory-mapped.
-    documents, text_sha256, tokenizer_sha256: what it was made of.
+    documents: in both. name, revision, text_sha256, tokenizer_sha256: what it was made of.
     """
 
     name: str
+    revision: str
     train: np.ndarray
     validation: np.ndarray
     documents: int
@@ -53,9 +47,10 @@ class Corpus:
     tokenizer_sha256: str
 
     def __str__(self) -> str:
+        revision = f"revision {self.revision}, " if self.revision else ""
         return (
             f"Data: {self.name}, {self.documents} documents, {len(self.train)} tokens to train on, "
-            f"{len(self.validation)} held out (text sha256 {self.text_sha256[:12]}…)"
+            f"{len(self.validation)} held out ({revision}text sha256 {self.text_sha256[:12]}…)"
         )
 
     @property
@@ -68,147 +63,107 @@ class Corpus:
             "validation_tokens": len(self.validation),
         }
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """What a checkpoint tells and no resume compares: the text is known by its hash."""
+        return {"text": self.name, "text_revision": self.revision or "a local file"}
+
 
 def load_corpus(
-    path: Path,
+    source: Source,
     tokenizer: Tokenizer,
     end_of_text: int,
     validation_fraction: float,
     sequence_length: int,
     cache: Path,
 ) -> Corpus:
-    """Reads, tokenises and splits a text.
+    """Reads, tokenises and, where the source has no held-out part of its own, splits a text.
 
-    The token file in `cache` is keyed by text and tokenizer, and made once. The held-out part is
-    the end of the stream; it starts where a document does, if one starts there.
+    That part is then the end of the stream; it starts where a document does, if one starts there.
     Raises DataError when either part is shorter than one sequence and its last target.
     """
-    text_sha256 = sha256_of_file(path)
     tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    kind = np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32
-    file = cache / "tokens" / f"{path.stem}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
-    if not file.is_file():
-        remove_unfinished(file.parent, untouched=DAY)
-        with written_whole(file, "paths.cache") as unfinished, open(unfinished, "wb") as out:
-            for ids in tokenize(read_parts(path), tokenizer, end_of_text):
-                out.write(np.array(ids, dtype=kind).tobytes())
-    tokens = np.memmap(file, kind, mode="r") if file.stat().st_size else np.empty(0, kind)
-    ends = np.flatnonzero(tokens == end_of_text) + 1
-    cut = split_point(len(tokens), ends, validation_fraction)
-    for part, length in (("to train on", cut), ("held out", len(tokens) - cut)):
-        if length <= sequence_length:
+    how = (source.column, tokenizer, end_of_text, cache / "tokens", tokenizer_sha256)
+    text_sha256, train = token_file(source.train, *how)
+    if source.validation:
+        held_out_sha256, validation = token_file(source.validation, *how)
+        text_sha256 = hashlib.sha256(f"{text_sha256} {held_out_sha256}".encode()).hexdigest()
+        documents = sum(np.count_nonzero(part == end_of_text) for part in (train, validation))
+    else:
+        ends = np.flatnonzero(train == end_of_text) + 1
+        cut = split_point(len(train), ends, validation_fraction)
+        train, validation, documents = train[:cut], train[cut:], len(ends)
+    for part, tokens in (("to train on", train), ("held out", validation)):
+        if len(tokens) <= sequence_length:
             raise DataError(
-                path,
-                f"{length} tokens {part}, one sequence needs {sequence_length + 1}",
+                source.name,
+                f"{len(tokens)} tokens {part}, one sequence needs {sequence_length + 1}",
                 "give a longer text or a smaller train.sequence_length",
             )
-    return Corpus(path.name, tokens[:cut], tokens[cut:], len(ends), text_sha256, tokenizer_sha256)
+    hashes = (text_sha256, tokenizer_sha256)
+    return Corpus(source.name, source.revision, train, validation, int(documents), *hashes)
 
 
-def read_text(path: Path) -> tuple[str, str]:
-    """A text file and the sha256 of its bytes. Raises DataError for all that is no UTF-8 text."""
-    return "".join(read_parts(path)), sha256_of_file(path)
+def token_file(
+    files: Sequence[Path],
+    column: str,
+    tokenizer: Tokenizer,
+    end_of_text: int,
+    folder: Path,
+    tokenizer_sha256: str,
+) -> tuple[str, np.ndarray]:
+    """The text's hash, and its ids (N,), of a file in `folder` that is made once for both."""
+    text_sha256 = sha256_of_text(files, column)
+    kind = np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32
+    file = folder / f"{files[0].stem}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
+    if not file.is_file():
+        remove_unfinished(folder, untouched=DAY)
+        sizes = [size_of_text(path) for path in files]
+        bar = {"total": sum(sizes) if all(sizes) else None, "unit": "B", "unit_scale": True}
+        bar |= {"desc": "Tokenising", "delay": 2, "leave": False, "file": sys.stdout}
+        with (
+            written_whole(file, "paths.cache") as unfinished,
+            open(unfinished, "wb") as out,
+            tqdm(**bar) as progress,
+        ):
+            for size, ids in tokenize(documents(files, column), tokenizer, end_of_text, kind):
+                out.write(ids.tobytes())
+                progress.update(size)
+    empty = not file.stat().st_size
+    return text_sha256, np.empty(0, kind) if empty else np.memmap(file, kind, mode="r")
 
 
-def sha256_of_file(path: Path) -> str:
-    do = "name a text file: --set data.text=FILE"
-    if not path.exists():
-        raise DataError(path, "there is no such file", do)
-    if not path.is_file():
-        raise DataError(path, "this is a folder or a device, not a file", do)
-    with reading(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def tokenize(
+    pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, end_of_text: int, kind: type
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Some documents at a time: their bytes, and their ids, with `end_of_text` after each document.
 
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        what = f"it cannot be read ({error.strerror})"
-        raise DataError(path, what, "mend that or name another file") from None
-
-
-def read_parts(path: Path) -> Iterator[str]:
-    """A text file, part by part, so that its size is of no account; line ends become newlines.
-
-    Raises DataError for all that is no UTF-8 text, with the place.
+    The next are encoded, by the threads of the tokenizer, while the last are made an array.
     """
-    sha256_of_file(path)
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    place, something, part = 0, False, b"more"
-    with reading(path), open(path, "rb") as file:
-        while part:
-            part = file.read(PART)
-            pending = len(utf8.getstate()[0])
-            try:
-                text = decoder.decode(part, final=not part)
-            except UnicodeDecodeError as error:
-                what = f"byte {place - pending + error.start} is not UTF-8"
-                raise DataError(path, what, "save the file as UTF-8") from None
-            if b"\0" in part:
-                what = f"byte {place + part.index(0)} is a NUL: this is no text"
-                raise DataError(path, what, "name a text file: --set data.text=FILE")
-            text = text.removeprefix("\ufeff") if place == 0 else text
-            place, something = place + len(part), something or bool(text.strip())
-            yield text
-    if not something:
-        raise DataError(path, "the file is empty", "give a longer text")
+    encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
+    closing = {True: [end_of_text], False: []}
+    with ThreadPoolExecutor(1) as ahead:
+        encoded = (
+            (group, ahead.submit(encode, [text for text, _ in group])) for group in groups(pieces)
+        )
+        for (group, ids), _ in itertools.pairwise(itertools.chain(encoded, [None])):
+            ends = [closing[ends] for _, ends in group]
+            parts = [part for e, end in zip(ids.result(), ends) for part in (e.ids, end)]
+            size = sum(len(text.encode()) for text, _ in group)
+            yield size, np.concatenate([np.array(part, kind) for part in parts])
 
 
-def tokenize(parts: Iterable[str], tokenizer: Tokenizer, end_of_text: int) -> Iterator[list[int]]:
-    """The documents' ids, each document closed by `end_of_text`, some megabytes at a time."""
-    waiting: list[tuple[str, bool]] = []
-    for piece in pieces(parts):
+def groups(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of documents, of some megabytes together: few enough for memory, many for threads."""
+    waiting, size = [], 0
+    for piece in pieces:
         waiting.append(piece)
-        if sum(len(text) for text, _ in waiting) > PART:
-            yield encode(waiting, tokenizer, end_of_text)
-            waiting.clear()
-    yield encode(waiting, tokenizer, end_of_text)
-
-
-def encode(texts: list[tuple[str, bool]], tokenizer: Tokenizer, end_of_text: int) -> list[int]:
-    encoded = tokenizer.encode_batch_fast([text for text, _ in texts], add_special_tokens=False)
-    closings = [(end_of_text,) if closes else () for _, closes in texts]
-    return [token for e, closing in zip(encoded, closings) for token in (*e.ids, *closing)]
-
-
-def pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents without the newlines around them, as (text, whether it ends its document).
-
-    A document is one piece, or several where it is longer than `PART`: cut before a space between
-    words, where no tokenizer of the family sees one word, or anywhere if there is none for so long.
-    """
-    rest, inside = "", False  # `inside`: an earlier piece of this document is out
-    for part in itertools.chain(parts, ["\n"]):
-        *whole, rest = split_whole_lines(rest + part)
-        for document in whole:
-            yield from ended(document, inside)
-            inside = False
-        while len(rest) > PART:
-            cut = last_gap(rest[:PART])
-            yield rest[:cut] if inside else rest[:cut].lstrip("\n"), False
-            rest, inside = rest[cut:], True
-    yield from ended(rest, inside)
-
-
-def ended(document: str, inside: bool) -> Iterator[tuple[str, bool]]:
-    """A document, or the end of one, as its last piece; nothing if it is blank."""
-    if inside or document.strip():
-        yield document.rstrip("\n") if inside else document.strip("\n"), True
-
-
-def split_whole_lines(text: str) -> list[str]:
-    """Split at headings, but not at one in the last line, which may go on."""
-    end = text.rfind("\n") + 1
-    *whole, last = HEADING.split(text[:end])
-    return [*whole, last + text[end:]]
-
-
-def last_gap(text: str) -> int:
-    gaps = [match.start() for match in GAP.finditer(text, len(text) // 2)]
-    return gaps[-1] if gaps else len(text)
+        size += len(piece[0])
+        if size > TOGETHER:
+            yield waiting
+            waiting, size = [], 0
+    if waiting:
+        yield waiting
 
 
 def split_point(total: int, ends: np.ndarray, fraction: float) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,25 @@ def evaluate(
                 progress.update(fresh * len(batch))
     rates = (len(text.split()) / len(tokens), len(text.encode()) / len(tokens))
     return Evaluation(total / scored, scored, f"windows of {window} tokens every {stride}", *rates)
+
+
+def comparison(
+    models: Mapping[str, nn.Module], texts: Mapping[str, np.ndarray], tokenizer, window: int
+) -> tuple[dict[tuple[str, str], Evaluation], str]:
+    """Evaluates every model on every text (token ids), and makes a table of it, protocol included.
+
+    tokenizer: transformers', to count words and bytes.
+    """
+    found, rows = {}, []
+    for (told, ids), (name, model) in itertools.product(texts.items(), models.items()):
+        result = found[told, name] = evaluate(model, ids, window, text=tokenizer.decode(ids))
+        figures = (result.loss, result.perplexity, result.word_perplexity, result.bits_per_byte)
+        rows.append(
+            f"{told:<24}{name:<10}{result.tokens:>7}" + "".join(f"{x:>12.4f}" for x in figures)
+        )
+    head = ("loss", "perplexity", "of a word", "bits a byte")
+    title = f"{'text':<24}{'model':<10}{'tokens':>7}" + "".join(f"{name:>12}" for name in head)
+    return found, "\n".join([title, *rows, f"({result.protocol})"])
 
 
 def windows(total: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:

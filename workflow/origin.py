@@ -8,16 +8,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from SmolLm3 import LlamaModel, ModelConfig
+from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
 
 from . import checkpoint
 from .archive import ForeignError
 from .data import Corpus, load_corpus
 from .restoring import fill
 from .settings import Config
+from .sources import find_source
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Origin:
 def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
     """The data of a run, and its name, which settings, data and weights determine."""
     corpus = load_corpus(
-        config.data.text,
+        find_source(config.data),
         origin.tokenizer,
         origin.end_of_text,
         config.data.validation_fraction,
@@ -62,6 +64,16 @@ def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
     )
 
 
+def untrained(config: Config, reference) -> LlamaModel:
+    """The model as a run has it at step 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = LlamaModel(config.trained)
+    if config.train.init == "reference":
+        load_hf_weights(model, reference.state_dict)
+    return model.eval()
+
+
 def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
     """A checkpoint's model, its tokenizer (transformers') and what they are, for a model card."""
     from transformers import PreTrainedTokenizerFast  # 3 s that training does not need
@@ -71,8 +83,10 @@ def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
     fill(model, state["model"], path)
     checkpoint.load_tokenizer(path.parent)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
-    name, data = f"{path.parent.name}, {state['step']} steps", state["data"]
-    return model, tokenizer, {"name": name, "started_from": state["reference"]["name"], **data}
+    made_of, name = state["reference"], f"{path.parent.name}, {state['step']} steps"
+    text = {key: made_of[key] for key in ("text", "text_revision") if key in made_of}
+    made_of = {"name": name, "started_from": made_of["name"], **text, **state["data"]}
+    return model, tokenizer, made_of
 
 
 def foreign_model(error: ForeignError, reference) -> tuple[LlamaModel, Any, dict[str, Any]]:

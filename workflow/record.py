@@ -6,6 +6,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,10 @@ class Record:
 
     Each row is a flat dict with "step" (updates done) and any of: loss (nats a token, before the
     update), learning_rate, gradient_norm (before clipping), tokens_per_second (of updates alone);
-    validation_loss; prompt and sample.
+    validation_loss; prompt and sample. made_of: weights and text, kept beside them.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, made_of: Mapping[str, str | int]):
         self.folder, file = folder, folder / "metrics.jsonl"
         with writing(folder, SETTING):
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +73,14 @@ class Record:
             self.rows: list[dict[str, Any]] = [row for row in old if row["step"] <= step and step]
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             replace_text(file, lines, SETTING)
+            replace_text(folder / "made_of.json", json.dumps(made_of, indent=1) + "\n", SETTING)
             self._file = open(file, "ab", buffering=0)  # what is written is not lost with us
             wait_for_a_new_second(folder)
             # `step` would take the last point with it; without a purge, later steps would double
             self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+            if not step:
+                rows = "".join(f"| {name} | {value} |\n" for name, value in made_of.items())
+                self._board.add_text("made of", f"| what | which |\n|---|---|\n{rows}", 0)
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -54,8 +54,13 @@ class ReferenceSettings(Section):
 
 
 class DataSettings(Section):
-    text: Path  # UTF-8; lines ` = Title = ` start documents
-    validation_fraction: Fraction  # of the tokens, at the end of the stream, held out
+    source: str  # auto (the Hub, else `text`), hub, or a file or folder; formats: documents.py
+    dataset: str  # the Hub's id of a data set
+    name: str | None  # of its configuration, if it has several
+    revision: str  # a branch, a tag or, so that it cannot move, a commit
+    column: Annotated[str, Field(min_length=1)]  # of tables, where the text is
+    text: Path  # where no data set can be had; and what the proof reads
+    validation_fraction: Fraction  # of the tokens, held out at the end, if there is no such split
 
 
 class ProofSettings(Section):
@@ -206,7 +211,7 @@ class Config(Section):
             "paths": True,
             "members": True,
             "reference": True,  # instead, the hashes of weights and text stand in the name
-            "data": {"text"},
+            "data": {"source", "dataset", "name", "revision", "column", "text"},
             "proof": True,
             "breaking": True,
             "rehearsal": True,

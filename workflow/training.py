@@ -326,6 +326,8 @@ class Run:
         """Everything but weights, moments and step: data, folders, lock, unfilled objects."""
         self.config, self.origin, self.device = config, origin, config.device
         self.corpus, auto_name = identify(config, origin)
+        self.made_of = origin.provenance | self.corpus.origin
+        print(self.corpus)
         self.name = name or auto_name
         self.checkpoints = config.paths.checkpoints / self.name
         self.folder = config.paths.runs / self.name
@@ -359,7 +361,7 @@ class Run:
     def _start(self) -> None:
         if self.config.train.init == "reference":
             load_hf_weights(self.model, self.origin.weights)
-        self.record = Record(self.folder, 0)
+        self.record = Record(self.folder, 0, self.made_of | self.corpus.stamp)
         (self.folder / "never_stopped.json").unlink(missing_ok=True)
 
     def _made_with(self) -> dict[str, Any]:
@@ -381,7 +383,7 @@ class Run:
             "model": hf_state_dict(self.model),
             "optimizer": optimizer_state(self.optimizer),
             "random": randomness.random_states(),
-            "reference": self.origin.provenance,
+            "reference": self.made_of,
             "environment": randomness.environment(self.device),
         }
 
@@ -394,4 +396,4 @@ class Run:
         if inexact:
             print(f"Note: {', '.join(inexact)} as allowed: no longer the course it was on")
         self.step = self.taken_from = state["step"]
-        self.record = Record(self.folder, self.step)
+        self.record = Record(self.folder, self.step, self.made_of | self.corpus.stamp)

@@ -1,0 +1,215 @@
+"""Files become documents: plain text, part by part, or a column of a table, some rows at a time."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from . import WorkflowError
+
+# wikitext's ` = Title = `, not its ` = = Section = = `
+HEADING = re.compile(r"^(?= = [^=\n].* = $)", re.MULTILINE)
+GAP = re.compile(r"(?<=\w) (?=\w)")
+PART = 1 << 20  # characters, or bytes, that are read and tokenised at once
+ROWS = 1000  # of a table, that are read at once
+TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+
+
+class DataError(WorkflowError):
+    """The text cannot be trained on."""
+
+
+def documents(files: Iterable[Path], column: str) -> Iterator[tuple[str, bool]]:
+    """The documents of `files` in order; see `pieces`. None goes on in the next file.
+
+    column: of tables, where the text is. Raises DataError.
+    """
+    for file in files:
+        if not kind_of_table(file):
+            yield from pieces(read_parts(file))
+            continue
+        filled = (row for row in read_rows(file, column) if row.strip())
+        if (first := next(filled, None)) is None:
+            raise DataError(file, f"column {column!r} is empty", "name another: data.column")
+        rows = itertools.chain([first], filled)
+        if HEADING.match(first):  # rows are lines, as wikitext's are
+            yield from pieces(gathered(rows))
+        else:
+            yield from (piece for row in rows for piece in pieces([row]))
+
+
+def gathered(texts: Iterable[str]) -> Iterator[str]:
+    """The same text in parts of about `PART`."""
+    waiting, size = [], 0
+    for text in texts:
+        waiting.append(text)
+        size += len(text)
+        if size > PART:
+            yield "".join(waiting)
+            waiting, size = [], 0
+    yield "".join(waiting)
+
+
+def pieces(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Documents without the newlines around them, as (text, whether it ends its document).
+
+    A document is one piece, or several where it is longer than `PART`: cut before a space between
+    words, where no tokenizer of the family sees one word, or anywhere if there is none for so long.
+    """
+    rest, inside = "", False  # `inside`: an earlier piece of this document is out
+    for part in itertools.chain(parts, ["\n"]):
+        *whole, rest = split_whole_lines(rest + part)
+        for document in whole:
+            yield from ended(document, inside)
+            inside = False
+        while len(rest) > PART:
+            cut = last_gap(rest[:PART])
+            yield rest[:cut] if inside else rest[:cut].lstrip("\n"), False
+            rest, inside = rest[cut:], True
+    yield from ended(rest, inside)
+
+
+def ended(document: str, inside: bool) -> Iterator[tuple[str, bool]]:
+    """A document, or the end of one, as its last piece; nothing if it is blank."""
+    if inside or document.strip():
+        yield document.rstrip("\n") if inside else document.strip("\n"), True
+
+
+def split_whole_lines(text: str) -> list[str]:
+    """Split at headings, but not at one in the last line, which may go on."""
+    end = text.rfind("\n") + 1
+    *whole, last = HEADING.split(text[:end])
+    return [*whole, last + text[end:]]
+
+
+def last_gap(text: str) -> int:
+    gaps = [match.start() for match in GAP.finditer(text, len(text) // 2)]
+    return gaps[-1] if gaps else len(text)
+
+
+# --- read -----------------------------------------------------------------------------------------
+
+
+def kind_of_table(path: Path) -> str | None:
+    return TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+
+
+def read_rows(path: Path, column: str) -> Iterator[str]:
+    """A column of text of a table, some rows at a time. Raises DataError."""
+    import datasets  # 2 s that plain text does not need
+
+    sha256_of_file(path)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, here
+    kind = kind_of_table(path)
+    try:
+        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        for rows in table.iter(batch_size=ROWS):
+            if column not in rows:
+                what = f"it has no column {column!r}, but {', '.join(rows)}"
+                raise DataError(path, what, "give another: --set data.column=NAME")
+            yield from (text_of(value, path, column) for value in rows[column])
+    except WorkflowError:
+        raise
+    except Exception as error:  # whatever a layer below says
+        what = f"it cannot be read as {kind} ({first_line(error)})"
+        raise DataError(path, what, "get a whole copy of it") from None
+
+
+def text_of(value: Any, path: Path, column: str) -> str:
+    if not isinstance(value, str | None):
+        what = f"column {column!r} holds {type(value).__name__}, not text"
+        raise DataError(path, what, "give another: --set data.column=NAME")
+    return value or ""
+
+
+def first_line(error: Exception) -> str:
+    while error.__cause__:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """A text file and the sha256 of its bytes. Raises DataError for all that is no UTF-8 text."""
+    return "".join(read_parts(path)), sha256_of_file(path)
+
+
+def sha256_of_text(files: Sequence[Path], column: str) -> str:
+    """The identity of the text in `files`: of one text file, the hash of its bytes."""
+    digests = [sha256_of_file(file) for file in files]
+    if len(digests) == 1 and not kind_of_table(files[0]):
+        return digests[0]
+    return hashlib.sha256(" ".join([column, *digests]).encode()).hexdigest()
+
+
+def size_of_text(file: Path) -> int | None:
+    """About how many bytes of text a file has, if that is known before it is read."""
+    if file.suffix == ".gz":
+        return None
+    if kind_of_table(file) == "parquet":
+        from pyarrow import ArrowException, parquet
+
+        try:
+            data = parquet.read_metadata(file)
+        except (OSError, ArrowException):
+            return None  # what is wrong is said when it is read
+        return sum(data.row_group(i).total_byte_size for i in range(data.num_row_groups))
+    return file.stat().st_size
+
+
+def sha256_of_file(path: Path) -> str:
+    do = "name a text file: --set data.source=FILE"
+    if not path.exists():
+        raise DataError(path, "there is no such file", do)
+    if not path.is_file():
+        raise DataError(path, "this is a folder or a device, not a file", do)
+    with reading(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(path, f"it is damaged ({error})", "get a whole copy of it") from None
+    except OSError as error:
+        what = f"it cannot be read ({error.strerror})"
+        raise DataError(path, what, "mend that or name another file") from None
+
+
+def read_parts(path: Path) -> Iterator[str]:
+    """A text file, part by part, so that its size is of no account; line ends become newlines.
+
+    One that ends in .gz is unpacked on the way.
+    Raises DataError for all that is no UTF-8 text, with the place.
+    """
+    sha256_of_file(path)
+    utf8 = codecs.getincrementaldecoder("utf-8")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    place, something, part = 0, False, b"more"
+    with reading(path), (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        while part:
+            part = file.read(PART)
+            pending = len(utf8.getstate()[0])
+            try:
+                text = decoder.decode(part, final=not part)
+            except UnicodeDecodeError as error:
+                what = f"byte {place - pending + error.start} is not UTF-8"
+                raise DataError(path, what, "save the file as UTF-8") from None
+            if b"\0" in part:
+                what = f"byte {place + part.index(0)} is a NUL: this is no text"
+                raise DataError(path, what, "name a text file: --set data.source=FILE")
+            text = text.removeprefix("\ufeff") if place == 0 else text
+            place, something = place + len(part), something or bool(text.strip())
+            yield text
+    if not something:
+        raise DataError(path, "the file is empty", "give a longer text")
