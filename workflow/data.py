@@ -27,7 +27,7 @@ from .documents import DataError, documents, sha256_of_text, size_of_text
 from .files import DAY, remove_unfinished, written_whole
 from .sources import Source
 
-TOGETHER = 1 << 21  # characters that are tokenised at once
+TOGETHER = 1 << 22  # characters that are tokenised at once
 
 
 @dataclass(frozen=True)
