@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".parquet", ".gz")  # kept by sha256; all else by git's hash
+NO_ENTRY = {"X-Error-Code": "EntryNotFound"}
 PATHS = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/(?P<ask>revision|tree)/(?P<revision>\w+)"
+    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/(?P<ask>revision|tree)/\w+(/(?P<folder>[^?]+))?"
     r"|/(?P<data>datasets/)?(?P<of>[^/]+/[^/]+)/resolve/\w+/(?P<path>[^?]+)"
 )
 
@@ -51,6 +52,22 @@ def etag(path: str, body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
 
 
+def tree(files: dict[str, bytes], folder: str | None, recursive: bool) -> list[dict]:
+    """What the Hub lists of a folder."""
+    start = f"{folder}/" if folder else ""
+    inside = {path: body for path, body in files.items() if path.startswith(start)}
+    if not recursive:
+        direct = {path for path in inside if "/" not in path[len(start) :]}
+        folders = {start + path[len(start) :].partition("/")[0] for path in inside.keys() - direct}
+        inside = {path: inside.get(path) for path in direct | folders}
+    return [
+        {"type": "directory", "path": path, "oid": COMMIT, "size": 0}
+        if body is None
+        else {"type": "file", "path": path, "oid": etag(path, body), "size": len(body)}
+        for path, body in sorted(inside.items())
+    ]
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -76,11 +93,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if files is None:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         elif parts["ask"] == "tree":
-            rows = [
-                {"type": "file", "path": p, "size": len(b), "oid": etag(p, b)}
-                for p, b in files.items()
-            ]
-            self.answer(200, json.dumps(rows).encode())
+            rows = tree(files, parts["folder"], "recursive=true" in self.path)
+            self.answer(200 if rows else 404, json.dumps(rows).encode(), NO_ENTRY)
         elif parts["ask"] == "revision":
             siblings = [{"rfilename": path} for path in files]
             known = {"id": parts["id"], "sha": COMMIT, "siblings": siblings}
@@ -89,7 +103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers = {"ETag": f'"{etag(path, files[path])}"', "X-Repo-Commit": COMMIT}
             self.answer(200, files[path], headers, how)
         else:
-            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            self.answer(404, b"", NO_ENTRY)
 
     def answer(self, status, body, headers=None, how=None):
         start = 0

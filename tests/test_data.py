@@ -1,15 +1,18 @@
 """Text becomes batches: what is kept, what is held out, and in which order it comes."""
 
+import math
 import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import ROOT
-from workflow.data import batch_at, load_corpus, split_point, validation_batches
+from workflow.data import batch_at, load_corpus, sequence_start, split_point, validation_batches
 from workflow.documents import DataError
 from workflow.sources import Source
 
@@ -62,27 +65,42 @@ def test_the_token_file_is_made_once_for_a_text_and_a_tokenizer(tokenizer, tmp_p
     assert first.train.dtype == np.uint16
     assert len(first.train) + len(first.validation) == 12 * 50 + 1
     text.write_text("other words " * 50)
-    assert (
-        load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path).text_sha256 != first.text_sha256
-    )
+    other = load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path)
+    assert other.text_sha256 != first.text_sha256
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
-@pytest.mark.parametrize(("total", "batch", "length"), [(1000, 1, 16), (997, 4, 10), (50, 3, 16)])
-def test_each_token_is_an_input_once_an_epoch_and_targets_are_inputs_shifted_by_one(
-    total, batch, length
-):
+sizes = {
+    "total": st.integers(2, 400),
+    "length": st.integers(1, 30),
+    "batch": st.integers(1, 5),
+    "seed": st.integers(0, 2**32 - 1),
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(**sizes)
+def test_each_token_is_an_input_once_an_epoch(total, length, batch, seed):
+    """Over so many epochs that they end with a sequence, and within each."""
+    epochs = length // math.gcd(total, length)
+    count = epochs * total // length
+    starts = [sequence_start(total, n, length, seed) for n in range(count)]
+    assert sorted(starts) == list(range(0, epochs * total, length))
+    assert [start // total for start in starts] == [n * length // total for n in range(count)]
+    steps = range(count // batch)
+    rows = [batch_at(np.arange(total), step, batch, length, seed) for step in steps]
+    seen = [row[0].item() for inputs, _ in rows for row in inputs]
+    assert seen == [start % total for start in starts[: len(seen)]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(**sizes, step=st.integers(0, 10**6))
+def test_targets_are_the_next_tokens_across_every_boundary(total, length, batch, seed, step):
     tokens = np.arange(total)  # a token's value is its place
-    steps = 3 * total // (batch * length)
-    rows = [batch_at(tokens, step, batch, length, seed=7) for step in range(steps)]
-    for inputs, targets in rows:
-        assert inputs.shape == targets.shape == (batch, length)
-        assert torch.equal(targets, (inputs + 1) % total)
-    seen = torch.cat([inputs.flatten() for inputs, _ in rows]).numpy()
-    counts = np.bincount(seen, minlength=total)
-    assert counts.min() >= 2  # 3 epochs, of which the last may lack a few sequences
-    assert counts.max() <= 4  # and a sequence may reach over into the next epoch
-    assert len(seen) == steps * batch * length
+    inputs, targets = batch_at(tokens, step, batch, length, seed)
+    assert inputs.shape == targets.shape == (batch, length)
+    assert torch.equal(targets, (inputs + 1) % total)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
 
 
 def test_an_epoch_of_whole_sequences_has_every_token_exactly_once():
@@ -126,3 +144,18 @@ def test_a_text_that_cannot_be_trained_on_says_why(tokenizer, tmp_path, content,
     text.write_bytes(content)
     with pytest.raises(DataError, match=words):
         load_corpus(source(text), tokenizer, 0, 0.1, 16, tmp_path)
+
+
+def test_a_held_out_part_of_its_own_is_kept_whole(tokenizer, tmp_path):
+    parts = {}
+    for name, text in (("train", "some words " * 9), ("valid", "other words " * 9)):
+        parts[name] = tmp_path / f"{name}.txt"
+        parts[name].write_text(text)
+    both = Source("both", (parts["train"],), (parts["valid"],), revision="abc")
+    corpus = load_corpus(both, tokenizer, 0, 0.5, 16, tmp_path)
+    decoded = [tokenizer.decode(part[:-1]) for part in (corpus.train, corpus.validation)]
+    assert decoded == ["some words " * 9, "other words " * 9]
+    assert corpus.documents == 2
+    assert "(revision abc, text sha256" in str(corpus)
+    alone = load_corpus(source(parts["train"]), tokenizer, 0, 0.5, 16, tmp_path)
+    assert alone.text_sha256 != corpus.text_sha256  # another held-out part is other data

@@ -23,6 +23,9 @@ configs:
 - config_name: wikitext-103-raw-v1
   data_files:
   - {split: train, path: wikitext-103-raw-v1/train-*}
+- config_name: wikitext-2-v1
+  data_files:
+  - {split: train, path: wikitext-2-v1/train-*}
 - config_name: wikitext-2-raw-v1
   data_files:
   - {split: test, path: wikitext-2-raw-v1/test-*}
@@ -78,10 +81,11 @@ def hub(tmp_path):
     """A server with a small wikitext, in the layout of the real one."""
     files = {"README.md": CARD.encode(), ".gitattributes": b"x"}
     rows = {"train": TRAIN, "validation": HELD_OUT, "test": ["x"]}
-    for name, split in (("wikitext-2-raw-v1", part) for part in rows):
-        path = tmp_path / "part.parquet"
-        parquet.write_table(pyarrow.table({"text": rows[split]}), path)
-        files[f"{name}/{split}-00000-of-00001.parquet"] = path.read_bytes()
+    path = tmp_path / "part.parquet"
+    for split, lines in rows.items():
+        parquet.write_table(pyarrow.table({"text": lines}), path)
+        files[f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"] = path.read_bytes()
+    files["wikitext-103-raw-v1/train-00000-of-00001.parquet"] = path.read_bytes()
     with serve({"datasets/Salesforce/wikitext": files}) as hub:
         yield hub
 
@@ -130,6 +134,17 @@ def test_wikitext_comes_from_the_hub_and_then_from_its_cache(hub, train, story):
     assert hub.asked == []
 
 
+def test_what_datasets_has_in_its_cache_is_found_there(hub, train):
+    code = "from datasets import load_dataset\n"
+    code += f"load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', revision='{COMMIT}')"
+    environment = os.environ | train.client
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    hub.asked.clear()
+    told = data_line(train(HF_HUB_OFFLINE="1"))
+    assert told.startswith("Data: Salesforce/wikitext wikitext-2-raw-v1, 4 documents, ")
+    assert hub.asked == []
+
+
 def test_offline_with_an_empty_cache_the_commands_that_are_given_fetch_all(hub, train):
     result = train(source="hub", HF_HUB_OFFLINE="1")
     assert result.returncode == 5
@@ -155,7 +170,7 @@ def test_without_the_hub_the_projects_own_text_is_taken_and_the_reason_given(hub
     ("fault", "sets", "code", "words"),
     [
         (None, ["data.name=wikitext-9"], 2, "no configuration 'wikitext-9', but wikitext-103-raw"),
-        (None, ["data.name=wikitext-103-raw-v1"], 2, "no files to train on"),
+        (None, ["data.name=wikitext-2-v1"], 2, "no files to train on"),
         (None, ["data.column=content"], 2, "no column 'content', but text"),
         (None, ["data.dataset=Salesforce/absent"], 5, "the Hub answered 404 Not Found; mend its"),
         (None, ["data.dataset=no id at all"], 5, "no id at all: "),
