@@ -21,7 +21,7 @@ HEADING = re.compile(r"^(?= = [^=\n].* = $)", re.MULTILINE)
 GAP = re.compile(r"(?<=\w) (?=\w)")
 PART = 1 << 20  # characters, or bytes, that are read and tokenised at once
 ROWS = 1000  # of a table, that are read at once
-TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
 
 class DataError(WorkflowError):
