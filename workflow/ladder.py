@@ -32,8 +32,9 @@ BOUNDS: dict[str, tuple[str, float]] = {
     # what is generated
     "greedy tokens that differ": ("=", 0),
     "logits over prompt and greedy text": ("<=", 1e-4),
-    "cache against no cache": ("<=", 1e-4),
-    "padded batch against each alone": ("<=", 1e-4),
+    # here other shapes, so other kernels, sum in another order: 4e-5 with AVX2, 1.6e-4 with AVX-512
+    "cache against no cache": ("<=", 1e-3),
+    "padded batch against each alone": ("<=", 1e-3),
     # the way back
     "tensors changed by export": ("=", 0),
     "logits changed by export": ("=", 0.0),
