@@ -102,12 +102,11 @@ def comparison(
     for (told, ids), (name, model) in itertools.product(texts.items(), models.items()):
         result = found[told, name] = evaluate(model, ids, window, text=tokenizer.decode(ids))
         figures = (result.loss, result.perplexity, result.word_perplexity, result.bits_per_byte)
-        rows.append(
-            f"{told:<24}{name:<10}{result.tokens:>7}" + "".join(f"{x:>12.4f}" for x in figures)
-        )
-    head = ("loss", "perplexity", "of a word", "bits a byte")
-    title = f"{'text':<24}{'model':<10}{'tokens':>7}" + "".join(f"{name:>12}" for name in head)
-    return found, "\n".join([title, *rows, f"({result.protocol})"])
+        digits = (f"{figure:.4f}" if figure < 1e5 else f"{figure:.3g}" for figure in figures)
+        rows.append((told, name, result.tokens, *digits))
+    head = ("text", "model", "tokens", "loss", "perplexity", "of a word", "bits a byte")
+    lines = ["{:<24}{:<8}{:>7}{:>10}{:>12}{:>12}{:>13}".format(*row) for row in (head, *rows)]
+    return found, "\n".join([*lines, f"({result.protocol})"])
 
 
 def windows(total: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
