@@ -176,6 +176,30 @@ def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_goes_on(st
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 1501))
 
 
+def test_a_second_signal_ends_a_kernel_that_does_not_stop(story):
+    source = """
+import time
+while True:
+    try:
+        print("at work", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbformat.write(notebook, story / "main.ipynb")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-m", "workflow.notebook"], cwd=story, **pipes
+    ) as process:
+        for _ in range(2):
+            assert process.stdout.readline() == "at work\n"
+            process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors == "Stopped; run it again, and it goes on\n"
+    assert alive(story) == []
+
+
 class Kernel:
     """A real kernel, as JupyterLab has one, that runs cells of main.ipynb."""
 

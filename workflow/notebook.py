@@ -95,8 +95,8 @@ def live_client(story: nbformat.NotebookNode):
             """The first signal interrupts the cell, which saves; a second kills the kernel."""
             again, self.stopped_by = bool(self.stopped_by), number
             if self.km.has_kernel:
-                act = self.km.shutdown_kernel(now=True) if again else self.km.interrupt_kernel()
-                self.stopping = asyncio.ensure_future(act)
+                number = signal.SIGKILL if again else signal.SIGINT
+                self.stopping = asyncio.ensure_future(self.km.signal_kernel(number))
 
     return LiveClient(
         story,
