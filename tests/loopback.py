@@ -13,8 +13,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".parquet", ".gz")  # kept by sha256; all else by git's hash
 NO_ENTRY = {"X-Error-Code": "EntryNotFound"}
 PATHS = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/(?P<ask>revision|tree)/\w+(/(?P<folder>[^?]+))?"
-    r"|/(?P<data>datasets/)?(?P<of>[^/]+/[^/]+)/resolve/\w+/(?P<path>[^?]+)"
+    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/(?P<ask>revision|tree)/[\w.-]+(/(?P<folder>[^?]+))?"
+    r"|/(?P<data>datasets/)?(?P<of>[^/]+/[^/]+)/resolve/[\w.-]+/(?P<path>[^?]+)"
 )
 
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import ROOT
+from workflow import data
 from workflow.data import batch_at, load_corpus, sequence_start, split_point, validation_batches
-from workflow.documents import DataError
+from workflow.documents import DataError, documents
 from workflow.sources import Source
 
 
@@ -159,3 +160,29 @@ def test_a_held_out_part_of_its_own_is_kept_whole(tokenizer, tmp_path):
     assert "(revision abc, text sha256" in str(corpus)
     alone = load_corpus(source(parts["train"]), tokenizer, 0, 0.5, 16, tmp_path)
     assert alone.text_sha256 != corpus.text_sha256  # another held-out part is other data
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:50], lambda b: b"\xff" + b[1:]])
+def test_a_damaged_token_file_is_made_again(tokenizer, tmp_path, damage):
+    text = tmp_path / "text.txt"
+    text.write_text("hello world " * 50)
+    first = load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path)
+    before = np.concatenate([first.train, first.validation])
+    (file,) = (tmp_path / "tokens").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    again = load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path)
+    assert np.array_equal(np.concatenate([again.train, again.validation]), before)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tokenizer, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("hello world " * 50)
+
+    def changing(files, column):
+        yield from documents(files, column)
+        text.write_text("other words " * 50)
+
+    monkeypatch.setattr(data, "documents", changing)
+    with pytest.raises(DataError, match="it changed while it was read"):
+        load_corpus(source(text), tokenizer, 0, 0.2, 16, tmp_path)
+    assert list((tmp_path / "tokens").iterdir()) == []

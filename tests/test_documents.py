@@ -1,5 +1,6 @@
 """Files become documents, whatever they are; what is no text is refused with its place."""
 
+import csv
 import gzip
 import itertools
 import json
@@ -48,6 +49,9 @@ def table(tmp_path):
         path = tmp_path / name
         if name.endswith(".parquet"):
             parquet.write_table(pyarrow.table({"id": range(len(rows)), column: rows}), path)
+        elif name.endswith(".csv"):
+            with open(path, "w", newline="") as file:
+                csv.writer(file).writerows([("id", column), *enumerate(rows)])
         else:
             lines = "".join(json.dumps({"id": 1, column: row}) + "\n" for row in rows)
             (gzip.open if name.endswith(".gz") else open)(path, "wb").write(lines.encode())
@@ -76,13 +80,27 @@ def test_a_text_read_in_parts_gives_the_ids_of_the_whole(smollm2, monkeypatch, s
     assert len(parts) > 5
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.json", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
 def test_rows_that_are_lines_are_joined_into_articles_and_others_are_documents(table, name):
     lines = table(name, LINES)
     assert whole([lines]) == [article.rstrip("\n") for article in ARTICLES]
     rows = table(f"b{name}", ["", "one row\nof two lines", None, "another"])
     assert whole([rows]) == ["one row\nof two lines", "another"]
-    assert whole([lines, rows])[2:] == whole([rows])
+
+
+def test_an_article_goes_on_in_the_next_part_of_its_split(table):
+    parts = [table("1.jsonl", LINES[:3]), table("2.jsonl", LINES[3:])]
+    assert whole(parts) == [article.rstrip("\n") for article in ARTICLES]
+
+
+def test_rows_that_are_whole_articles_are_not_run_together(table):
+    articles = [" = One = \n first", " = Two = \n second"]
+    assert whole([table("a.jsonl", articles)]) == articles
+
+
+def test_a_name_is_no_pattern(table):
+    table("x1.jsonl", ["another"])
+    assert whole([table("x[1].jsonl", ["one"])]) == ["one"]
 
 
 def test_packed_text_is_the_text(tmp_path):
@@ -123,6 +141,8 @@ def test_the_identity_is_that_of_bytes_column_and_order(table):
         (lambda table: cut(table("a.jsonl.gz", LINES)), "it cannot be read as json"),
         (lambda table: cut(table("a.jsonl.gz", LINES), "a.gz"), "it is damaged"),
         (lambda table: cut(table("a.jsonl", LINES), "b.gz"), "it is damaged"),
+        (lambda table: table("a.jsonl", LINES).rename("a.zst"), "archive is not read here"),
+        (lambda table: table("a.jsonl", LINES).with_name("a" * 300), "it cannot be read"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(table, capfd, make, words):

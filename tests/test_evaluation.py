@@ -1,12 +1,14 @@
 """Loss and perplexity against their definitions."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from SmolLm3 import LlamaModel
 from workflow import evaluation
-from workflow.evaluation import comparison, evaluate, unigram_loss
+from workflow.evaluation import Evaluation, comparison, evaluate, unigram_loss
 from workflow.origin import untrained
 from workflow.proof import copy_reference
 from workflow.training import Run
@@ -128,3 +130,9 @@ def test_an_untrained_model_is_that_of_the_first_step(config, reference, init):
     run = Run(config, reference)
     assert all(map(torch.equal, model.parameters(), run.model.parameters()))
     run.close()
+
+
+def test_a_text_of_endless_words_or_none_has_figures_all_the_same():
+    endless = Evaluation(5.0, 10, "windows", words=1e-6, bytes=1.0)
+    assert endless.word_perplexity == math.inf and "inf" in str(endless)
+    assert math.isnan(Evaluation(5.0, 10, "windows").word_perplexity)

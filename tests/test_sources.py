@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,12 @@ import pyarrow
 import pytest
 from loopback import COMMIT, Fault, serve
 from pyarrow import parquet
-from test_documents import ARTICLES, LINES
+from test_documents import LINES
 
 from conftest import ROOT
 from workflow.config import load_config
 from workflow.documents import DataError
-from workflow.sources import find_source
+from workflow.sources import configurations, find_source, matching
 
 CARD = """\
 ---
@@ -34,6 +35,7 @@ configs:
 ---
 # A small wikitext
 """
+TRAIN_FILE = "wikitext-2-raw-v1/train"
 TRAIN = [*LINES, " = Three = \n", *[f" line {number} \n" for number in range(60)]]
 HELD_OUT = [" = Held out = \n", *[f" row {number} \n" for number in range(60)]]
 
@@ -53,7 +55,7 @@ def test_a_folder_is_read_as_datasets_splits_it_and_what_is_left_out_is_said(tmp
     assert [file.name for file in source.train] == ["train-1.txt", "train-2.txt"]
     assert [file.name for file in source.validation] == ["valid.txt"]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"Note: {tmp_path / 'other.jsonl'} is of another kind")
+    assert line == f"Note: of {tmp_path}, 1 files of another kind are left out, such as other.jsonl"
 
 
 def test_a_folder_without_names_of_splits_is_all_trained_on(tmp_path):
@@ -90,107 +92,183 @@ def hub(tmp_path):
         yield hub
 
 
+ASK = """
+import sys
+from workflow import WorkflowError
+from workflow.config import load_config
+from workflow.documents import documents
+from workflow.sources import configurations, find_source, matching
+
+settings = load_config(profile="ci", overrides=sys.argv[1:]).data
+try:
+    for _ in range(2):  # the answer is the same, and asked for once
+        source = find_source(settings)
+    for files in (source.train, source.validation):
+        count = sum(ends for _, ends in documents(files, source.column))
+        print(source.name, source.revision, count)
+except WorkflowError as error:
+    print(f"error {error.exit_code}: {error}")
+"""
+WIKITEXT = f"Salesforce/wikitext wikitext-2-raw-v1 {COMMIT}"
+
+
 @pytest.fixture
-def train(hub, command, tmp_path):
-    """`python main.py train` for a few steps, with a client that knows only this server."""
-    client = {
+def client(hub, tmp_path):
+    """An environment for a client that knows only this server, and is in a hurry."""
+    return {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
         "NO_PROXY": "127.0.0.1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "HF_HUB_ETAG_TIMEOUT": "1",
     }
-    chosen = ("train.steps=2", "train.validation_tokens=32", f"data.revision={COMMIT}")
 
-    def run(*sets: str, source: str = "auto", **environment: str):
-        parts = (f"data.source={source}", *chosen, *sets)
-        options = [word for part in parts for word in ("--set", part)]
-        return command("train", *options, **client | environment)
 
-    run.client = client
+@pytest.fixture
+def ask(client):
+    """What a process finds as its data: lines of name, revision and documents, or the error."""
+
+    def run(*sets: str, source: str = "hub", **environment: str) -> list[str]:
+        settings = [f"data.source={source}", f"data.revision={COMMIT}", *sets]
+        call = [sys.executable, "-c", ASK, *settings]
+        environment = os.environ | client | environment
+        result = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0 and result.stderr == "", result.stderr
+        return [line for line in result.stdout.splitlines() if not line.startswith("Fetching")]
+
     return run
 
 
-def data_line(result) -> str:
-    assert result.returncode == 0, result.stderr
-    return next(line for line in result.stdout.splitlines() if line.startswith("Data: "))
-
-
-def test_wikitext_comes_from_the_hub_and_then_from_its_cache(hub, train, story):
-    told = data_line(train())
-    assert told.startswith("Data: Salesforce/wikitext wikitext-2-raw-v1, 4 documents, ")
-    assert f"(revision {COMMIT}, text sha256 " in told
-    texts = ["".join(ARTICLES), "".join(TRAIN[len(LINES) :]), "".join(HELD_OUT)]
-    one, two = ARTICLES
-    assert (
-        f"{len(one) + len(two) + len(texts[1])} tokens to train on, " in told
-    )  # bytes, ends for \n
-    assert f"{len(texts[2])} held out" in told
+def test_a_run_on_wikitext_from_the_hub_and_again_from_its_cache(hub, client, command, story):
+    sets = ["train.steps=2", "train.validation_tokens=32", f"data.revision={COMMIT}"]
+    options = [word for part in ("data.source=auto", *sets) for word in ("--set", part)]
+    told = []
+    for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
+        hub.asked.clear()
+        result = command("train", *options, **client | environment)
+        assert result.returncode == 0, result.stderr
+        told += [line for line in result.stdout.splitlines() if line.startswith("Data: ")]
+    assert hub.asked == [] and told[0] == told[1]
+    assert told[0].startswith("Data: Salesforce/wikitext wikitext-2-raw-v1, 4 documents, ")
+    assert f"(revision {COMMIT}, text sha256 " in told[0]
+    # tokens are bytes, and the end of a text takes the place of its last newline
+    assert f", {len(''.join(TRAIN))} tokens to train on, {len(''.join(HELD_OUT))} held " in told[0]
     (made_of,) = (story / "runs").glob("*/made_of.json")
     assert f'"text_revision": "{COMMIT}"' in made_of.read_text()
 
-    hub.asked.clear()
-    assert data_line(train(HF_HUB_OFFLINE="1")) == told
-    assert hub.asked == []
+    (checkpoint,) = (story / "checkpoints").glob("*/checkpoint_2.pt")
+    (folder,) = Path(client["HF_HOME"]).glob("hub/datasets--*")
+    shutil.rmtree(folder)  # what it was trained on cannot be had any more
+    result = command("resume", str(checkpoint), *options, **client | {"HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 3
+    assert "data.text_sha256" in result.stderr
 
 
-def test_what_datasets_has_in_its_cache_is_found_there(hub, train):
+def test_a_run_on_the_projects_text_is_resumed_on_it_though_the_hub_is_back(
+    hub, client, command, story
+):
+    sets = ["train.steps=2", "train.resume_steps=1", "train.validation_tokens=32"]
+    sets += ["data.source=auto", f"data.revision={COMMIT}"]
+    options = [word for part in sets for word in ("--set", part)]
+    hub.fault = Fault(503)
+    first = command("train", *options, **client)
+    assert first.returncode == 0, first.stderr
+    assert "Data: input.txt, " in first.stdout
+    hub.fault = None
+    (checkpoint,) = (story / "checkpoints").glob("*/checkpoint_2.pt")
+    again = command("resume", str(checkpoint), *options, **client)
+    assert again.returncode == 0, again.stderr
+    assert "Data: input.txt, " in again.stdout and "Saved checkpoint_3.pt" in again.stdout
+
+
+def test_what_datasets_has_in_its_cache_is_found_there(hub, client, ask):
     code = "from datasets import load_dataset\n"
     code += f"load_dataset('Salesforce/wikitext', 'wikitext-2-raw-v1', revision='{COMMIT}')"
-    environment = os.environ | train.client
+    environment = os.environ | client
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     hub.asked.clear()
-    told = data_line(train(HF_HUB_OFFLINE="1"))
-    assert told.startswith("Data: Salesforce/wikitext wikitext-2-raw-v1, 4 documents, ")
+    assert ask(HF_HUB_OFFLINE="1") == [f"{WIKITEXT} 3", f"{WIKITEXT} 1"]
     assert hub.asked == []
 
 
-def test_offline_with_an_empty_cache_the_commands_that_are_given_fetch_all(hub, train):
-    result = train(source="hub", HF_HUB_OFFLINE="1")
-    assert result.returncode == 5
-    (line,) = result.stderr.splitlines()
+def test_a_cache_with_one_of_two_parts_is_not_taken_for_the_whole(hub, client, ask):
+    files = hub.repositories["datasets/Salesforce/wikitext"]
+    body = files.pop(f"{TRAIN_FILE}-00000-of-00001.parquet")
+    files |= {f"{TRAIN_FILE}-0000{part}-of-00002.parquet": body for part in (0, 1)}
+    for name in ("README.md", f"{TRAIN_FILE}-00000-of-00002.parquet"):
+        call = [str(Path(sys.executable).with_name("hf")), "download", "Salesforce/wikitext", name]
+        call += ["--repo-type", "dataset", "--revision", COMMIT]
+        subprocess.run(call, env=os.environ | client, check=True, capture_output=True)
+    assert ask() == [f"{WIKITEXT} 6", f"{WIKITEXT} 1"]
+
+
+def test_offline_with_an_empty_cache_the_command_that_is_given_fetches_all(hub, client, ask):
+    (line,) = ask(HF_HUB_OFFLINE="1")
     typed = shlex.split(line.partition("type: ")[2])
     typed[0] = str(Path(sys.executable).with_name(typed[0]))
-    subprocess.run(typed, env=os.environ | train.client, check=True, capture_output=True)
+    subprocess.run(typed, env=os.environ | client, check=True, capture_output=True)
     hub.asked.clear()
-    assert data_line(train(source="hub", HF_HUB_OFFLINE="1")).startswith("Data: Salesforce/wiki")
+    assert ask(HF_HUB_OFFLINE="1") == [f"{WIKITEXT} 3", f"{WIKITEXT} 1"]
     assert hub.asked == []
 
 
-def test_without_the_hub_the_projects_own_text_is_taken_and_the_reason_given(hub, train):
+def test_without_the_hub_the_projects_own_text_is_taken_and_the_reason_given_once(hub, ask):
     hub.fault = Fault(503)
-    result = train()
-    assert data_line(result).startswith("Data: input.txt, ")
-    why = "the Hub answered 503 Service Unavailable"
-    passed = f"The Hub is passed over: Salesforce/wikitext: {why}. Data: input.txt"
-    assert result.stdout.count(passed) == result.stdout.count("passed over") == 1
+    why, taken, _ = ask(source="auto")
+    cause = "the Hub answered 503 Service Unavailable"
+    assert why == f"The Hub is passed over: Salesforce/wikitext: {cause}"
+    assert taken.startswith("input.txt ")
 
 
 @pytest.mark.parametrize(
     ("fault", "sets", "code", "words"),
     [
         (None, ["data.name=wikitext-9"], 2, "no configuration 'wikitext-9', but wikitext-103-raw"),
+        (None, ["data.name=null"], 2, "no configuration None, but wikitext-103-raw-v1, wiki"),
         (None, ["data.name=wikitext-2-v1"], 2, "no files to train on"),
         (None, ["data.column=content"], 2, "no column 'content', but text"),
         (None, ["data.dataset=Salesforce/absent"], 5, "the Hub answered 404 Not Found; mend its"),
         (None, ["data.dataset=no id at all"], 5, "no id at all: "),
+        (None, ["data.revision=.."], 5, "Salesforce/wikitext: "),
         (Fault("wrong", "train-.*parquet"), [], 5, "arrived with another sha256 than the Hub's"),
         (Fault("cut", "parquet"), [], 5, "the download failed (peer closed connection"),
     ],
 )
-def test_each_trouble_is_one_line(hub, train, fault, sets, code, words):
+def test_each_trouble_is_one_line(hub, ask, fault, sets, code, words):
     hub.fault = fault
-    result = train(*sets, source="hub")
-    assert result.returncode == code, result.stdout + result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and words in line
+    (line,) = ask(*sets)
+    assert line.startswith(f"error {code}: ") and words in line
 
 
-def test_a_damaged_parquet_is_one_line(hub, train):
+def test_a_damaged_parquet_is_one_line(hub, ask):
     files = hub.repositories["datasets/Salesforce/wikitext"]
-    name = "wikitext-2-raw-v1/train-00000-of-00001.parquet"
+    name = f"{TRAIN_FILE}-00000-of-00001.parquet"
     files[name] = files[name][:-20]
-    result = train(source="hub")
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert "train-00000-of-00001.parquet: it cannot be read as parquet" in line
+    (line,) = ask()
+    assert line.startswith("error 2: ") and "it cannot be read as parquet" in line
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"---\nconfigs: [}\n---\n",
+        b"---\nconfigs: 7\n---\n",
+        b"---\nconfigs:\n- config_name: 3\n---\n",
+        b"---\nconfigs:\n- data_files: x\n---\n",
+        b"---\nconfigs:\n- {config_name: a, data_files: [{split: [1], path: 2}]}\n---\n",
+        b"\xff\xfe",
+    ],
+)
+def test_a_card_that_makes_no_sense_is_one_line(tmp_path, card):
+    (tmp_path / "README.md").write_bytes(card)
+    with pytest.raises(DataError, match=r"a/b: its README\.md cannot be read \(") as caught:
+        configurations(tmp_path / "README.md", "a/b")
+    assert "\n" not in str(caught.value)
+
+
+def test_patterns_stay_below_their_folder(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    for name in ("out.txt", "in/a/x.txt", "in/.hidden"):
+        (tmp_path / name).write_text("x")
+    patterns = ["../*", "/*", "*", "a/*", str(tmp_path / "*")]
+    assert matching(tmp_path / "in", patterns) == (tmp_path / "in" / "a" / "x.txt",)

@@ -28,6 +28,7 @@ from .files import DAY, remove_unfinished, written_whole
 from .sources import Source
 
 TOGETHER = 1 << 22  # characters that are tokenised at once
+DIGEST = 32  # bytes of a sha256, at the end of a token file
 
 
 @dataclass(frozen=True)
@@ -112,25 +113,45 @@ def token_file(
     folder: Path,
     tokenizer_sha256: str,
 ) -> tuple[str, np.ndarray]:
-    """The text's hash, and its ids (N,), of a file in `folder` that is made once for both."""
+    """The text's hash, and its ids (N,), of a file in `folder` that is made once for both.
+
+    The file ends with the hash of the ids: a damaged one is made again.
+    """
     text_sha256 = sha256_of_text(files, column)
-    kind = np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32
-    file = folder / f"{files[0].stem}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
-    if not file.is_file():
+    kind = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32)
+    file = folder / f"{files[0].stem[:50]}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
+    tokens = read_tokens(file, kind)
+    if tokens is None:
         remove_unfinished(folder, untouched=DAY)
         sizes = [size_of_text(path) for path in files]
         bar = {"total": sum(sizes) if all(sizes) else None, "unit": "B", "unit_scale": True}
         bar |= {"desc": "Tokenising", "delay": 2, "leave": False, "file": sys.stdout}
+        digest = hashlib.sha256()
         with (
             written_whole(file, "paths.cache") as unfinished,
             open(unfinished, "wb") as out,
             tqdm(**bar) as progress,
         ):
             for size, ids in tokenize(documents(files, column), tokenizer, end_of_text, kind):
-                out.write(ids.tobytes())
+                out.write(ids)
+                digest.update(ids)
                 progress.update(size)
-    empty = not file.stat().st_size
-    return text_sha256, np.empty(0, kind) if empty else np.memmap(file, kind, mode="r")
+            out.write(digest.digest())
+            if sha256_of_text(files, column) != text_sha256:
+                raise DataError(files[0], "it changed while it was read", "run again")
+        tokens = read_tokens(file, kind)
+    return text_sha256, tokens
+
+
+def read_tokens(file: Path, kind: np.dtype) -> np.ndarray | None:
+    """The ids of a token file, memory-mapped; None if it is not there or not whole."""
+    count = (file.stat().st_size - DIGEST) // kind.itemsize if file.is_file() else -1
+    if count < 0:
+        return None
+    tokens = np.memmap(file, kind, "r", shape=count) if count else np.empty(0, kind)
+    with open(file, "rb") as whole:
+        whole.seek(tokens.nbytes)
+        return tokens if whole.read() == hashlib.sha256(tokens).digest() else None
 
 
 def tokenize(
@@ -158,7 +179,7 @@ def groups(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]
     waiting, size = [], 0
     for piece in pieces:
         waiting.append(piece)
-        size += len(piece[0])
+        size += len(piece[0]) + 100  # as many as it weighs if it is empty
         if size > TOGETHER:
             yield waiting
             waiting, size = [], 0

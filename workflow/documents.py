@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import gzip
 import hashlib
 import io
@@ -21,7 +22,8 @@ HEADING = re.compile(r"^(?= = [^=\n].* = $)", re.MULTILINE)
 GAP = re.compile(r"(?<=\w) (?=\w)")
 PART = 1 << 20  # characters, or bytes, that are read and tokenised at once
 ROWS = 1000  # of a table, that are read at once
-TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+PACKED = {".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz"}  # as .gz is, but not read here
 
 
 class DataError(WorkflowError):
@@ -29,22 +31,27 @@ class DataError(WorkflowError):
 
 
 def documents(files: Iterable[Path], column: str) -> Iterator[tuple[str, bool]]:
-    """The documents of `files` in order; see `pieces`. None goes on in the next file.
+    """The documents of `files` in order; see `pieces`.
 
-    column: of tables, where the text is. Raises DataError.
+    column: of tables, where the text is; one can go on in the next. Raises DataError.
     """
-    for file in files:
-        if not kind_of_table(file):
-            yield from pieces(read_parts(file))
-            continue
-        filled = (row for row in read_rows(file, column) if row.strip())
-        if (first := next(filled, None)) is None:
-            raise DataError(file, f"column {column!r} is empty", "name another: data.column")
-        rows = itertools.chain([first], filled)
-        if HEADING.match(first):  # rows are lines, as wikitext's are
-            yield from pieces(gathered(rows))
+    for table, group in itertools.groupby(files, key=lambda file: bool(kind_of_table(file))):
+        if table:
+            yield from documents_of_rows(list(group), column)
         else:
-            yield from (piece for row in rows for piece in pieces([row]))
+            yield from (piece for file in group for piece in pieces(read_parts(file)))
+
+
+def documents_of_rows(files: list[Path], column: str) -> Iterator[tuple[str, bool]]:
+    """Each row is a document, or a line of one, as in wikitext: then they start at headings."""
+    rows = (row for file in files for row in read_rows(file, column))
+    filled = (row for row in rows if row.strip())
+    if (first := next(filled, None)) is None:
+        raise DataError(files[0], f"column {column!r} is empty", "name another: data.column")
+    if HEADING.match(first) and first.endswith("\n"):
+        yield from pieces(gathered(itertools.chain([first], filled)))
+    else:
+        yield from (piece for row in itertools.chain([first], filled) for piece in pieces([row]))
 
 
 def gathered(texts: Iterable[str]) -> Iterator[str]:
@@ -111,7 +118,8 @@ def read_rows(path: Path, column: str) -> Iterator[str]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, here
     kind = kind_of_table(path)
     try:
-        table = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        file = glob.escape(str(path.resolve()))
+        table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
         for rows in table.iter(batch_size=ROWS):
             if column not in rows:
                 what = f"it has no column {column!r}, but {', '.join(rows)}"
@@ -145,9 +153,10 @@ def read_text(path: Path) -> tuple[str, str]:
 def sha256_of_text(files: Sequence[Path], column: str) -> str:
     """The identity of the text in `files`: of one text file, the hash of its bytes."""
     digests = [sha256_of_file(file) for file in files]
-    if len(digests) == 1 and not kind_of_table(files[0]):
+    if len(files) == 1 and not kind_of_table(files[0]):
         return digests[0]
-    return hashlib.sha256(" ".join([column, *digests]).encode()).hexdigest()
+    read_as = [f"{digest} {kind_of_table(file)}" for digest, file in zip(digests, files)]
+    return hashlib.sha256("\n".join([column, *read_as]).encode()).hexdigest()
 
 
 def size_of_text(file: Path) -> int | None:
@@ -167,12 +176,15 @@ def size_of_text(file: Path) -> int | None:
 
 def sha256_of_file(path: Path) -> str:
     do = "name a text file: --set data.source=FILE"
-    if not path.exists():
-        raise DataError(path, "there is no such file", do)
-    if not path.is_file():
-        raise DataError(path, "this is a folder or a device, not a file", do)
-    with reading(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.suffix in PACKED:
+        raise DataError(path, "this kind of archive is not read here", "unpack it, or use gzip")
+    with reading(path):
+        if not path.exists():
+            raise DataError(path, "there is no such file", do)
+        if not path.is_file():
+            raise DataError(path, "this is a folder or a device, not a file", do)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -35,16 +35,16 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return exp(self.loss)
 
     @property
     def word_perplexity(self) -> float:
         """Words are what white space separates; comparable across tokenizers, as bytes are."""
-        return math.exp(self.loss / self.words)
+        return exp(self.loss / self.words) if self.words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        return self.loss / math.log(2) / self.bytes
+        return self.loss / math.log(2) / self.bytes if self.bytes else math.nan
 
     def __str__(self) -> str:
         figures = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}"
@@ -52,6 +52,11 @@ class Evaluation:
             figures += f", word perplexity {self.word_perplexity:.4f}"
             figures += f", {self.bits_per_byte:.4f} bits a byte"
         return f"{figures} over {self.tokens} tokens ({self.protocol})"
+
+
+def exp(nats: float) -> float:
+    """Where words are long, as without white space, this can be beyond all numbers."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 @torch.no_grad()

@@ -10,12 +10,15 @@ from __future__ import annotations
 import errno
 import hashlib
 import http.client
+import shlex
 import sys
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import quote
 
 from huggingface_hub import constants, get_token, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -25,7 +28,7 @@ from . import WorkflowError
 from .files import DiskError
 
 PROBE_SECONDS = 3.0
-LOG_IN = "type: hf auth login, with an account that may read it"
+LOG_IN = "check its id, or type: hf auth login, with an account that may read it"
 MENDS = {  # what the Hub answers, and what the user can do; for anything else, fetch it elsewhere
     401: LOG_IN,
     403: LOG_IN,
@@ -66,11 +69,11 @@ def snapshot(
     fetch = f"with a network, type: {fetch_command(repo_id, revision, patterns, repo_type)}"
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if complete(folder) and not remove_wrong(folder):
+        if not remove_wrong(folder, patterns) and complete(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
-    except ValueError as error:  # no possible id
+    except (ValueError, OSError) as error:  # no possible id or revision
         raise SourceError(repo_id, str(error), MENDS[404]) from None
     if constants.HF_HUB_OFFLINE:
         raise SourceError(repo_id, "not in the cache, and HF_HUB_OFFLINE is set", fetch)
@@ -89,7 +92,7 @@ def snapshot(
             raise DiskError(where, full, "free some room, or set HF_HOME=FOLDER") from None
         what, status = cause(error)
         raise SourceError(repo_id, what, MENDS.get(status, "run again, it goes on there")) from None
-    if wrong := remove_wrong(folder):
+    if wrong := remove_wrong(folder, patterns):
         what = f"{', '.join(wrong)} arrived with another sha256 than the Hub's, and was removed"
         raise SourceError(repo_id, what, "run again")
     return folder
@@ -98,13 +101,14 @@ def snapshot(
 def fetch_command(repo_id: str, revision: str, patterns: list[str], repo_type: str) -> str:
     """What to type to have all this in the cache."""
     kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
-    include = "".join(f" --include '{pattern}'" for pattern in patterns)
-    return f"hf download {repo_id}{kind} --revision {revision}{include}"
+    include = "".join(f" --include {shlex.quote(pattern)}" for pattern in patterns)
+    return f"hf download {shlex.quote(repo_id)}{kind} --revision {shlex.quote(revision)}{include}"
 
 
 def addresses(repo_id: str, revision: str, repo_type: str) -> list[str]:
     """What the client will ask for: what there is, and a file, which may be closed to some."""
     kind, file = ("", "config.json") if repo_type == "model" else (f"{repo_type}s/", "README.md")
+    repo_id, revision = quote(repo_id), quote(revision, safe="")
     return [
         f"{constants.ENDPOINT}/api/{repo_type}s/{repo_id}/revision/{revision}",
         f"{constants.ENDPOINT}/{kind}{repo_id}/resolve/{revision}/{file}",
@@ -116,8 +120,7 @@ def probe(*urls: str, seconds: float = PROBE_SECONDS) -> tuple[str, int | None] 
 
     In a thread, since a name that does not resolve can outlast any timeout of a socket.
     """
-    silent = (f"{constants.ENDPOINT} did not answer within {seconds:g} s", None)
-    outcome = [silent]
+    outcome = [(f"{constants.ENDPOINT} did not answer within {seconds:g} s", None)]
 
     def ask():
         try:
@@ -151,17 +154,29 @@ def cause(error: Exception) -> tuple[str, int | None]:
     return f"the download failed ({words[0]})", getattr(response, "status_code", None)
 
 
-def remove_wrong(folder: Path) -> list[str]:
+def remove_wrong(folder: Path, patterns: list[str]) -> list[str]:
     """Removes files of a cached snapshot that are not what the Hub said, and returns their names.
 
     Where the cache has no links (Windows without developer mode), there is no hash to compare.
+    Raises SourceError for one that cannot be removed.
     """
-    wrong = []
+    wrong, blobs = [], (folder.parents[1] / "blobs").resolve()
     for link in sorted(folder.rglob("*")):
-        if link.is_symlink() and link.is_file() and not as_named(blob := link.resolve()):
-            blob.unlink()
-            link.unlink()
-            wrong.append(link.name)
+        name = link.relative_to(folder).as_posix()
+        if not (link.is_symlink() and any(fnmatch(name, pattern) for pattern in patterns)):
+            continue
+        blob = link.resolve()
+        try:
+            if blob.parent == blobs and blob.is_file() and as_named(blob):
+                continue
+            link.unlink(missing_ok=True)
+            if blob.parent == blobs:  # what lies elsewhere is not the cache's
+                blob.unlink(missing_ok=True)
+        except OSError as error:
+            raise SourceError(
+                link, f"it cannot be read or removed ({error})", "remove it"
+            ) from None
+        wrong.append(name)
     return wrong
 
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import nbformat
 
+from . import WorkflowError
+from .files import replace_text
 from .signals import raise_on_sigterm
 
 STORY = Path("main.ipynb")
@@ -58,9 +60,9 @@ def execute(path: Path = STORY) -> Path:
         if client.stopped_by:
             print("Stopped; run it again, and it goes on", file=sys.stderr)
             sys.exit(128 + client.stopped_by)
-        RUNS.mkdir(exist_ok=True)
         write(story, RUNS / "failed")
         what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else str(error)
+        what = " ".join(what.split())  # one line
         sys.exit(f"error: {path}: {what}; see how far it came in {RUNS / 'failed.ipynb'}")
     folder = run_folder(story) or RUNS
     write(story, folder / path.stem)
@@ -120,9 +122,9 @@ def write(story: nbformat.NotebookNode, stem: Path) -> None:
     """Writes an executed notebook as .ipynb and as .html."""
     from nbconvert import HTMLExporter
 
-    nbformat.write(story, stem.with_suffix(".ipynb"))
     page, _ = HTMLExporter().from_notebook_node(story)
-    stem.with_suffix(".html").write_text(page, encoding="utf-8")
+    replace_text(stem.with_suffix(".ipynb"), nbformat.writes(story) + "\n", "paths.runs")
+    replace_text(stem.with_suffix(".html"), page, "paths.runs")
 
 
 def main() -> None:
@@ -136,6 +138,9 @@ def main() -> None:
         folder = execute()
     except KeyboardInterrupt as stop:
         sys.exit(getattr(stop, "exit_code", 130))
+    except WorkflowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     print(
         f"\nMade:\n"
         f"  {folder}/main.html   the executed story: open it in a browser\n"

@@ -19,7 +19,7 @@ from .archive import ForeignError
 from .data import Corpus, load_corpus
 from .restoring import fill
 from .settings import Config
-from .sources import find_source
+from .sources import find_source, from_path
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Origin:
     provenance: dict[str, str]  # what the weights honestly are
     weights: Mapping[str, Tensor] | None = None  # under Hugging Face's names
     tokenizer_files: Mapping[str, str] = field(default_factory=dict)  # transformers' own settings
+    text_sha256: str | None = None  # of the text that a checkpoint was trained on
 
     @classmethod
     def of(cls, reference) -> Origin:
@@ -46,19 +47,23 @@ class Origin:
     def saved(cls, folder: Path, state: dict[str, Any]) -> Origin:
         """Of a checkpoint: a resume needs no reference."""
         tokenizer, end = checkpoint.load_tokenizer(folder), state["tokenizer"]["end_of_text"]
-        return cls(tokenizer, end, state["reference"])
+        text_sha256 = state["data"].get("text_sha256")
+        return cls(tokenizer, end, state["reference"], text_sha256=text_sha256)
 
 
 def identify(config: Config, origin: Origin) -> tuple[Corpus, str]:
     """The data of a run, and its name, which settings, data and weights determine."""
-    corpus = load_corpus(
-        find_source(config.data),
+    settings = config.data
+    rest = (
         origin.tokenizer,
         origin.end_of_text,
-        config.data.validation_fraction,
+        settings.validation_fraction,
         config.train.sequence_length,
         config.paths.cache,
     )
+    corpus = load_corpus(find_source(settings), *rest)
+    if settings.source == "auto" and origin.text_sha256 not in (None, corpus.text_sha256):
+        corpus = load_corpus(from_path(settings.text, settings.column), *rest)  # as it was then
     return corpus, config.run_name(
         corpus.text_sha256, corpus.tokenizer_sha256, origin.provenance["weights_sha256"]
     )

@@ -106,6 +106,8 @@ def load_reference(
         # not AutoTokenizer: a released tokenizer_config.json names GPT2Tokenizer, for which
         # transformers 5.24 drops the pre-tokenizer that stands in tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    tokenizer.backend_tokenizer.no_truncation()  # a file may ask for either
+    tokenizer.backend_tokenizer.no_padding()
     model.requires_grad_(False).eval()
     config = compare_architecture(member.architecture, model.config, origin)
     if (words := len(tokenizer)) > config.vocab_size:  # its last ones would have no embedding

@@ -25,6 +25,7 @@ ModelConfig.__pydantic_config__ = STRICT  # pydantic fills the model's own datac
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
+Word = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -54,11 +55,11 @@ class ReferenceSettings(Section):
 
 
 class DataSettings(Section):
-    source: str  # auto (the Hub, else `text`), hub, or a file or folder; formats: documents.py
-    dataset: str  # the Hub's id of a data set
-    name: str | None  # of its configuration, if it has several
-    revision: str  # a branch, a tag or, so that it cannot move, a commit
-    column: Annotated[str, Field(min_length=1)]  # of tables, where the text is
+    source: Word  # auto (the Hub, else `text`), hub, or a file or folder; formats: documents.py
+    dataset: Word  # the Hub's id of a data set
+    name: Word | None  # of its configuration, if it has several
+    revision: Word  # a branch, a tag or, so that it cannot move, a commit
+    column: Word  # of tables, where the text is
     text: Path  # where no data set can be had; and what the proof reads
     validation_fraction: Fraction  # of the tokens, held out at the end, if there is no such split
 
@@ -116,7 +117,7 @@ class RehearsalSettings(Section):
 
 
 class SampleSettings(Section):
-    prompt: Annotated[str, Field(min_length=1)]
+    prompt: Word
     every: PositiveInt  # steps
     new_tokens: PositiveInt
     temperature: NonNegativeFloat  # 0 is greedy

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+import re
+from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub.repocard import RepoCard
+from pydantic import BaseModel, TypeAdapter
 
-from .documents import DataError, first_line
+from .documents import DataError, first_line, reading
 from .hub import SourceError, snapshot
 from .settings import DataSettings
+
+PART_OF = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")  # how the Hub numbers the files of one split
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,31 @@ class Source:
     revision: str = ""  # the Hub's commit
 
 
+class Files(BaseModel):
+    """Of a data set's card: the files of one split, as patterns."""
+
+    split: str = "train"
+    path: str | list[str]
+
+
+class Configuration(BaseModel):
+    """Of a data set's card: a part of it that can be chosen by name."""
+
+    config_name: str
+    data_files: str | list[str | Files] = []
+
+    @property
+    def splits(self) -> dict[str, list[str]]:
+        """Split -> patterns."""
+        found: dict[str, list[str]] = {}
+        parts = [self.data_files] if isinstance(self.data_files, str) else self.data_files
+        for part in parts:
+            files = Files(path=part) if isinstance(part, str) else part
+            paths = [files.path] if isinstance(files.path, str) else files.path
+            found.setdefault(files.split, []).extend(paths)
+        return found
+
+
 def find_source(settings: DataSettings) -> Source:
     """The text of `data.source`; for `auto`, the Hub's or, where it cannot be had, `data.text`.
 
@@ -33,74 +63,87 @@ def find_source(settings: DataSettings) -> Source:
     """
     if settings.source not in ("auto", "hub"):
         return from_path(Path(settings.source), settings.column)
+    wanted = (settings.dataset, settings.name, settings.revision, settings.column)
+    if settings.source == "hub":
+        return from_hub(*wanted)
+    return from_hub_if_there(*wanted) or from_path(settings.text, settings.column)
+
+
+@functools.cache  # a run asks several times: it must get the same answer, and be told once
+def from_hub_if_there(*wanted: str | None) -> Source | None:
     try:
-        return from_hub(settings.dataset, settings.name, settings.revision, settings.column)
+        return from_hub(*wanted)
     except SourceError as error:
-        if settings.source == "hub":
-            raise
-        passed_over(str(error).partition(";")[0], settings.text)
-        return from_path(settings.text, settings.column)
-
-
-@functools.cache  # a run asks several times; it is said once
-def passed_over(why: str, instead: Path) -> None:
-    print(f"The Hub is passed over: {why}. Data: {instead}")
+        print(f"The Hub is passed over: {str(error).partition(';')[0]}")
+        return None
 
 
 def from_path(path: Path, column: str) -> Source:
     """A file, or the files of a folder as `datasets` finds and splits them."""
-    if not path.is_dir():
-        return Source(path.name, (path,), column=column)
-    splits = find_splits(path, None)
-    taken = {file.resolve() for files in splits.values() for file in files}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.resolve() not in taken and not file.name.startswith("."):
-            print(f"Note: {file} is of another kind than most of {path}, and left out")
-    return Source(path.name, column=column, **wanted(splits, path))
+    with reading(path):
+        if not path.is_dir():
+            return Source(path.name, (path,), column=column)
+        splits = find_splits(path, None)
+        taken = {file.resolve() for files in splits.values() for file in files}
+        left = [name for name in names(path) if (path / name).resolve() not in taken]
+    if left:
+        print(f"Note: of {path}, {len(left)} files of another kind are left out, such as {left[0]}")
+    return Source(path.name, column=column, **chosen(splits, path))
 
 
 @functools.lru_cache(maxsize=1)  # a run asks several times, and the network may be slow
 def from_hub(dataset: str, name: str | None, revision: str, column: str) -> Source:
     """A configuration of a data set on the Hub, from the cache or downloaded."""
     fetch = functools.partial(snapshot, dataset, revision, repo_type="dataset")
-    folder = fetch(["README.md", f"{name}/*" if name else "*"], complete=has("README.md"))
-    known = configurations(folder / "README.md")
-    if name and known and name not in known:
+    first = ["README.md", f"{name}/*"] if name else ["README.md"]
+    folder = fetch(first, complete=lambda folder: bool(matching(folder, first)))
+    known = configurations(folder / "README.md", dataset)
+    if known and name not in known and (name or len(known) > 1):
         what = f"it has no configuration {name!r}, but {', '.join(known)}"
-        raise DataError(dataset, what, "mend data.name")
-    called = f"{dataset} {name}" if name else dataset
+        raise DataError(dataset, what, "name one of them: data.name")
+    name = name or next(iter(known), None)
     if name in known:
         patterns = list(itertools.chain(*known[name].values()))
-        folder = fetch(["README.md", *patterns], complete=has(*patterns))
+        folder = fetch(["README.md", *patterns], complete=lambda folder: whole(folder, patterns))
         splits = {split: matching(folder, here) for split, here in known[name].items()}
     else:
+        folder = fetch(["*"], complete=lambda folder: whole(folder, ["*"]))
         splits = find_splits(folder, name)
-    return Source(called, column=column, revision=folder.name, **wanted(splits, called))
+    called = f"{dataset} {name}" if name else dataset
+    return Source(called, column=column, revision=folder.name, **chosen(splits, called))
 
 
-def has(*patterns: str) -> Callable[[Path], bool]:
-    return lambda folder: all(any(folder.glob(pattern)) for pattern in patterns)
+def names(folder: Path) -> list[str]:
+    """The files below a folder, hidden ones aside, as paths relative to it."""
+    found = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    return [file.as_posix() for file in found if not any(p.startswith(".") for p in file.parts)]
 
 
 def matching(folder: Path, patterns: list[str]) -> tuple[Path, ...]:
-    return tuple(file for pattern in patterns for file in sorted(folder.glob(pattern)))
+    """The files below a folder that a pattern fits, as the Hub's client understands it."""
+    fits = (name for name in names(folder) if any(fnmatch(name, pattern) for pattern in patterns))
+    return tuple(folder / name for name in fits)
 
 
-def configurations(card: Path) -> dict[str | None, dict[str, list[str]]]:
+def whole(folder: Path, patterns: list[str]) -> bool:
+    """Whether each pattern has files here, and of those that are numbered none is missing."""
+    numbered = [PART_OF.split(str(file)) for file in matching(folder, patterns)]
+    parts = Counter((split[0], split[1]) for split in numbered if len(split) > 1)
+    lacking = [count for (_, of), count in parts.items() if count < int(of)]
+    return not lacking and all(matching(folder, [pattern]) for pattern in patterns)
+
+
+def configurations(card: Path, dataset: str) -> dict[str, dict[str, list[str]]]:
     """Each configuration of a data set's card: its name, and the patterns of each split's files."""
     if not card.is_file():
         return {}
-    data = RepoCard(card.read_text("utf-8"), ignore_metadata_errors=True).data
-    found = {}
-    for row in data.get("configs") or []:
-        files = row.get("data_files", [])
-        parts = files if isinstance(files, list) else [files]
-        splits = found[row["config_name"]] = {}
-        for part in parts:
-            part = part if isinstance(part, dict) else {"path": part}
-            paths = [part["path"]] if isinstance(part["path"], str) else part["path"]
-            splits.setdefault(part.get("split", "train"), []).extend(paths)
-    return found
+    try:
+        rows = RepoCard(card.read_text("utf-8"), ignore_metadata_errors=True).data.get("configs")
+        found = TypeAdapter(list[Configuration]).validate_python(rows or [])
+    except Exception as error:  # of YAML, of types
+        what = f"its README.md cannot be read ({first_line(error)})"
+        raise DataError(dataset, what, "choose another, or give its files as data.source") from None
+    return {row.config_name: row.splits for row in found}
 
 
 def find_splits(folder: Path, name: str | None) -> dict[str, tuple[Path, ...]]:
@@ -108,13 +151,13 @@ def find_splits(folder: Path, name: str | None) -> dict[str, tuple[Path, ...]]:
     from datasets import load_dataset_builder  # 2 s that plain text does not need
 
     try:
-        files = load_dataset_builder(str(folder), name).config.data_files
+        files = load_dataset_builder(str(folder.resolve()), name).config.data_files
     except Exception as error:  # whatever a layer below says
         raise DataError(folder, first_line(error), "name a file, or mend data.name") from None
     return {str(split): tuple(map(Path, paths)) for split, paths in files.items()}
 
 
-def wanted(splits: dict[str, tuple[Path, ...]], where: object) -> dict[str, tuple[Path, ...]]:
+def chosen(splits: dict[str, tuple[Path, ...]], where: object) -> dict[str, tuple[Path, ...]]:
     if not splits.get("train"):
         others = ", ".join(split for split, files in splits.items() if files)
         what = "it has no files to train on" + (f", but of: {others}" if others else "")
