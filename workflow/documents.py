@@ -112,15 +112,11 @@ def kind_of_table(path: Path) -> str | None:
 
 def read_rows(path: Path, column: str) -> Iterator[str]:
     """A column of text of a table, some rows at a time. Raises DataError."""
-    import datasets  # 2 s that plain text does not need
-
     sha256_of_file(path)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, here
     kind = kind_of_table(path)
+    read = read_parquet if kind == "parquet" else read_by_datasets
     try:
-        file = glob.escape(str(path.resolve()))
-        table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
-        for rows in table.iter(batch_size=ROWS):
+        for rows in read(path, column):
             if column not in rows:
                 what = f"it has no column {column!r}, but {', '.join(rows)}"
                 raise DataError(path, what, "give another: --set data.column=NAME")
@@ -130,6 +126,28 @@ def read_rows(path: Path, column: str) -> Iterator[str]:
     except Exception as error:  # whatever a layer below says
         what = f"it cannot be read as {kind} ({first_line(error)})"
         raise DataError(path, what, "get a whole copy of it") from None
+
+
+def read_by_datasets(path: Path, column: str) -> Iterator[dict[str, list]]:
+    """Some rows at a time, by column."""
+    import datasets  # 2 s that plain text does not need
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said once, here
+    file = glob.escape(str(path.resolve()))
+    kind = kind_of_table(path)
+    table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
+    yield from table.iter(batch_size=ROWS)
+
+
+def read_parquet(path: Path, column: str) -> Iterator[dict[str, list]]:
+    """The same; by `datasets`, the process can abort when it ends (apache/arrow#45214)."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        if column not in file.schema_arrow.names:
+            yield {name: [] for name in file.schema_arrow.names}
+        for batch in file.iter_batches(ROWS, columns=[column]):
+            yield batch.to_pydict()
 
 
 def text_of(value: Any, path: Path, column: str) -> str:
