@@ -2,8 +2,8 @@
 
 `python main.py COMMAND --help` explains one. Exit codes: 0 good, 1 a proof
 that fails, 2 bad input or configuration, 3 a damaged or foreign checkpoint,
-4 numbers that are not finite, 5 the weights cannot be had, 6 the disk, 7 a
-folder in use, 130 interrupted, 143 terminated.
+4 numbers that are not finite, 5 weights or data cannot be had, 6 the disk,
+7 a folder in use, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations

@@ -176,6 +176,15 @@ def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_goes_on(st
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 1501))
 
 
+def test_without_its_notebook_it_says_so_in_one_line(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "workflow.notebook"]
+    pipes = {"capture_output": True, "text": True}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: main.ipynb: there is no such file; ")
+
+
 def test_a_second_signal_ends_a_kernel_that_does_not_stop(story):
     source = """
 import time

@@ -52,6 +52,8 @@ def execute(path: Path = STORY) -> Path:
     """
     from nbclient.exceptions import CellExecutionError
 
+    if not path.is_file():
+        raise WorkflowError(path, "there is no such file", "run this in the project's own folder")
     story = nbformat.read(path, as_version=4)
     client = live_client(story)
     try:

@@ -87,8 +87,14 @@ def from_path(path: Path, column: str) -> Source:
         taken = {file.resolve() for files in splits.values() for file in files}
         left = [name for name in names(path) if (path / name).resolve() not in taken]
     if left:
-        print(f"Note: of {path}, {len(left)} files of another kind are left out, such as {left[0]}")
+        say(f"Note: of {path}, {len(left)} files of another kind are left out, such as {left[0]}")
     return Source(path.name, column=column, **chosen(splits, path))
+
+
+@functools.cache
+def say(line: str) -> None:
+    """Prints a line once, however often it comes to it."""
+    print(line)
 
 
 @functools.lru_cache(maxsize=1)  # a run asks several times, and the network may be slow
