@@ -34,14 +34,7 @@ def hub():
 
 @pytest.fixture
 def environment(hub, tmp_path):
-    """A client that knows only this server, and is in a hurry."""
-    return {
-        "HF_ENDPOINT": hub.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "NO_PROXY": "127.0.0.1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
-        "HF_HUB_ETAG_TIMEOUT": "1",
-    }
+    return hub.client(tmp_path / "hf")
 
 
 @pytest.fixture

@@ -66,20 +66,31 @@ def snapshot(
         "repo_type": repo_type,
         "allow_patterns": patterns,
     }
+    if (folder := cached(wanted)) and complete(folder):
+        return folder
     fetch = f"with a network, type: {fetch_command(repo_id, revision, patterns, repo_type)}"
-    try:
-        folder = Path(snapshot_download(**wanted, local_files_only=True))
-        if not remove_wrong(folder, patterns) and complete(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass
-    except (ValueError, OSError) as error:  # no possible id or revision
-        raise SourceError(repo_id, str(error), MENDS[404]) from None
     if constants.HF_HUB_OFFLINE:
         raise SourceError(repo_id, "not in the cache, and HF_HUB_OFFLINE is set", fetch)
     if trouble := probe(*addresses(repo_id, revision, repo_type)):
         what, status = trouble
         raise SourceError(repo_id, what, MENDS.get(status, fetch))
+    return downloaded(wanted)
+
+
+def cached(wanted: dict) -> Path | None:
+    """The folder of a revision in the cache, if it is there and holds nothing wrong."""
+    try:
+        folder = Path(snapshot_download(**wanted, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except (ValueError, OSError) as error:  # no possible id or revision
+        raise SourceError(wanted["repo_id"], str(error), MENDS[404]) from None
+    return None if remove_wrong(folder, wanted["allow_patterns"]) else folder
+
+
+def downloaded(wanted: dict) -> Path:
+    """The same, by the stock client, once the Hub is known to be there."""
+    repo_id, revision = wanted["repo_id"], wanted["revision"]
     print(f"Fetching {repo_id}, revision {revision}, from {constants.ENDPOINT}")
     logging.set_verbosity_error()  # what goes wrong is said once, here
     if not sys.stderr.isatty():
@@ -92,7 +103,7 @@ def snapshot(
             raise DiskError(where, full, "free some room, or set HF_HOME=FOLDER") from None
         what, status = cause(error)
         raise SourceError(repo_id, what, MENDS.get(status, "run again, it goes on there")) from None
-    if wrong := remove_wrong(folder, patterns):
+    if wrong := remove_wrong(folder, wanted["allow_patterns"]):
         what = f"{', '.join(wrong)} arrived with another sha256 than the Hub's, and was removed"
         raise SourceError(repo_id, what, "run again")
     return folder
