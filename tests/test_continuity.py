@@ -59,6 +59,7 @@ def stopped_equals_straight(story, steps: int, profile: str, *settings: str) -> 
     return losses("runs")
 
 
+@pytest.mark.slow  # the test of the notebook does as many steps, in one process
 def test_5050_steps_with_a_stop_equal_5050_steps_without(story):
     first, *_, last = stopped_equals_straight(story, 5050, "ci")
     assert first > 5 > 3 > last
