@@ -139,6 +139,11 @@ def test_the_probe_asks_as_the_user_whose_token_the_client_would_send(hub, ask):
     assert [hub.tokens[0], hub.tokens[1]] == 2 * ["Bearer hf_of_somebody"]
 
 
+def test_an_answer_that_leads_elsewhere_is_an_answer(hub, ask):
+    hub.fault = Fault(307, "config.json", times=1)
+    assert got(ask()) == WANTED
+
+
 def test_the_probe_says_what_is_wrong_and_never_waits_long(hub):
     hub.fault = Fault("hang")
     began = time.perf_counter()

@@ -46,6 +46,13 @@ class SourceError(WorkflowError):
     exit_code = 5
 
 
+class NoRedirection(urllib.request.HTTPRedirectHandler):
+    """A token is for one host alone, and an answer that leads elsewhere is one, too."""
+
+    def redirect_request(self, *_) -> None:
+        return None
+
+
 def snapshot(
     repo_id: str,
     revision: str,
@@ -131,18 +138,20 @@ def probe(*urls: str, seconds: float = PROBE_SECONDS) -> tuple[str, int | None] 
 
     In a thread, since a name that does not resolve can outlast any timeout of a socket.
     """
+    opener = urllib.request.build_opener(NoRedirection)
     outcome = [(f"{constants.ENDPOINT} did not answer within {seconds:g} s", None)]
 
     def ask():
         try:
             for url in urls:
-                request = urllib.request.Request(url)  # noqa: S310, HF_ENDPOINT is the user's
-                if token := get_token():  # for this host alone, not where it may redirect to
-                    request.add_unredirected_header("Authorization", f"Bearer {token}")
-                urllib.request.urlopen(request, timeout=seconds).close()  # noqa: S310
+                token = get_token()
+                headers = {"Authorization": f"Bearer {token}"} if token else {}
+                request = urllib.request.Request(url, headers=headers)  # noqa: S310
+                opener.open(request, timeout=seconds).close()
             outcome[0] = None
         except urllib.error.HTTPError as error:
-            there = error.headers.get("X-Error-Code") == "EntryNotFound"  # but not that file
+            # it knows where else to look, or all but this file
+            there = error.code < 400 or error.headers.get("X-Error-Code") == "EntryNotFound"
             what = f"the Hub answered {error.code} {error.reason}"
             outcome[0] = None if there else (what, error.code)
         except (OSError, ValueError, http.client.HTTPException) as error:
