@@ -17,11 +17,14 @@ from workflow.reference import random_model
 
 FILES = {"README.md": b"#", "config.json": b"{}" * 50, "model.safetensors": bytes(range(256)) * 999}
 ASK = f"""
+import sys
 from workflow.hub import SourceError, snapshot
-try:
-    print(snapshot("org/tiny", "{COMMIT}", ["*.json", "*.safetensors"]))
-except SourceError as error:
-    print("error:", error)
+
+for _ in sys.stdin:
+    try:
+        print(snapshot("org/tiny", "{COMMIT}", ["*.json", "*.safetensors"]))
+    except SourceError as error:
+        print("error:", error)
 """
 
 
@@ -43,9 +46,8 @@ def ask(environment):
 
     def run(**more: str) -> str:
         call = [sys.executable, "-c", ASK]
-        result = subprocess.run(
-            call, cwd=ROOT, env=os.environ | environment | more, capture_output=True, text=True
-        )
+        pipes = {"input": "\n", "capture_output": True, "text": True}
+        result = subprocess.run(call, cwd=ROOT, env=os.environ | environment | more, **pipes)
         assert result.returncode == 0 and result.stderr == "", result.stderr
         return result.stdout.splitlines()[-1]
 
@@ -59,42 +61,39 @@ def got(answer: str) -> dict[str, bytes]:
 WANTED = {name: FILES[name] for name in ("config.json", "model.safetensors")}
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        (
-            Fault("hang", "/api/"),
-            "did not answer within 3 s; with a network, type: hf download org",
-        ),
-        (
-            Fault("hang", "config"),
-            "did not answer within 3 s; with a network, type: hf download org",
-        ),
-        (Fault(401), "the Hub answered 401 Unauthorized; check its id, or type: hf auth login"),
-        (
-            Fault(403, "config.json"),
-            "the Hub answered 403 Forbidden; check its id, or type: hf auth login",
-        ),
-        (Fault(404), "the Hub answered 404 Not Found; mend its id or revision in the YAML"),
-        (Fault(429), "the Hub answered 429 Too Many Requests; wait some minutes and run again"),
-        (Fault(500), "the Hub answered 500 Internal Server Error; run again later"),
-        (Fault(418), "the Hub answered 418 I'm a Teapot; with a network, type: hf download"),
-        (Fault(403, "safetensors"), "Client error '403 Forbidden' for url"),
-        (Fault("stall", "safetensors"), "the download failed (timed out); run again, it goes on"),
-        (Fault("cut", "safetensors"), "the download failed (peer closed connection without"),
-        (Fault("wrong", "safetensors"), "model.safetensors arrived with another sha256 than the"),
-        (Fault("wrong", "config.json"), "config.json arrived with another sha256 than the Hub's"),
-    ],
-    ids=lambda value: f"{value.how} {value.where}" if isinstance(value, Fault) else "",
-)
-def test_each_trouble_is_one_line_and_once_it_is_over_all_is_well(hub, ask, fault, words):
-    hub.fault = fault
-    began = time.perf_counter()
-    answer = ask()
-    assert answer.startswith("error: org/tiny: ") and words in answer
-    assert time.perf_counter() - began < 25
-    hub.fault = None
-    assert got(ask()) == WANTED
+FETCH = "with a network, type: hf download org/tiny --revision"
+LOG_IN = "check its id, or type: hf auth login"
+TROUBLES = [
+    (Fault("hang", "/api/"), f"did not answer within 3 s; {FETCH}"),
+    (Fault("hang", "config"), f"did not answer within 3 s; {FETCH}"),
+    (Fault(401), f"the Hub answered 401 Unauthorized; {LOG_IN}"),
+    (Fault(403, "config.json"), f"the Hub answered 403 Forbidden; {LOG_IN}"),
+    (Fault(404), "the Hub answered 404 Not Found; mend its id or revision in the YAML"),
+    (Fault(429), "the Hub answered 429 Too Many Requests; wait some minutes and run again"),
+    (Fault(500), "the Hub answered 500 Internal Server Error; run again later"),
+    (Fault(418), f"the Hub answered 418 I'm a Teapot; {FETCH}"),
+    (Fault("wrong"), "config.json, model.safetensors arrived with another sha256 than the Hub's"),
+    (Fault(403, "safetensors"), "Client error '403 Forbidden' for url"),
+    (Fault("cut", "safetensors"), "the download failed (peer closed connection without"),
+    (Fault("stall", "safetensors"), "the download failed (timed out); run again, it goes on there"),
+]
+
+
+def test_each_trouble_is_one_line_and_once_it_is_over_all_is_well(hub, environment):
+    call, pipes = [sys.executable, "-u", "-c", ASK], {"stdin": subprocess.PIPE, "text": True}
+    pipes |= {"stdout": subprocess.PIPE, "env": os.environ | environment, "cwd": ROOT}
+    with subprocess.Popen(call, **pipes) as client:
+        for fault, words in [*TROUBLES, (None, COMMIT)]:
+            hub.fault, began = fault, time.perf_counter()
+            client.stdin.write("\n")
+            client.stdin.flush()
+            answer = client.stdout.readline()
+            while answer.startswith("Fetching"):
+                answer = client.stdout.readline()
+            assert words in answer and (fault is None or answer.startswith("error: org/tiny: "))
+            assert time.perf_counter() - began < 25
+        client.stdin.close()
+    assert got(answer.strip()) == WANTED
 
 
 @pytest.mark.parametrize("how", ["slow", "cut", "stall"])

@@ -154,6 +154,7 @@ def alive(story) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_goes_on(story):
     cells = [cell_with(part).copy() for part in (*OPENING, TRAINING)]
@@ -281,6 +282,7 @@ def losses(story) -> dict[int, float]:
     return found
 
 
+@pytest.mark.slow
 def test_each_long_cell_can_be_stopped_and_run_again_and_all_of_them_too(story, kernel):
     for part in OPENING:
         kernel.run(kernel.with_settings(cell_with(part).source, **SHORT))

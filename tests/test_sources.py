@@ -1,5 +1,6 @@
 """Where the text comes from: files, folders, and the Hub, played on loopback for `datasets`."""
 
+import json
 import os
 import shlex
 import shutil
@@ -93,21 +94,23 @@ def hub(tmp_path):
 
 
 ASK = """
+import json
 import sys
 from workflow import WorkflowError
 from workflow.config import load_config
 from workflow.documents import documents
-from workflow.sources import configurations, find_source, matching
+from workflow.sources import find_source
 
-settings = load_config(profile="ci", overrides=sys.argv[1:]).data
-try:
-    for _ in range(2):  # the answer is the same, and asked for once
-        source = find_source(settings)
-    for files in (source.train, source.validation):
-        count = sum(ends for _, ends in documents(files, source.column))
-        print(source.name, source.revision, count)
-except WorkflowError as error:
-    print(f"error {error.exit_code}: {error}")
+for line in sys.stdin:
+    settings = load_config(profile="ci", overrides=json.loads(line)).data
+    try:
+        for _ in range(2):  # the answer is the same, and asked for once
+            source = find_source(settings)
+        for files in (source.train, source.validation):
+            count = sum(ends for _, ends in documents(files, source.column))
+            print(source.name, source.revision, count)
+    except WorkflowError as error:
+        print(f"error {error.exit_code}: {error}")
 """
 WIKITEXT = f"Salesforce/wikitext wikitext-2-raw-v1 {COMMIT}"
 
@@ -121,11 +124,12 @@ def client(hub, tmp_path):
 def ask(client):
     """What a process finds as its data: lines of name, revision and documents, or the error."""
 
-    def run(*sets: str, source: str = "hub", **environment: str) -> list[str]:
-        settings = [f"data.source={source}", f"data.revision={COMMIT}", *sets]
-        call = [sys.executable, "-c", ASK, *settings]
-        environment = os.environ | client | environment
-        result = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    def run(*sets: str, source: str = "hub", more=(), **environment: str) -> list[str]:
+        common = [f"data.source={source}", f"data.revision={COMMIT}"]
+        settings = [[*common, *several] for several in (sets, *more)]
+        pipes = {"input": "".join(json.dumps(each) + "\n" for each in settings), "text": True}
+        pipes |= {"capture_output": True, "env": os.environ | client | environment, "cwd": ROOT}
+        result = subprocess.run([sys.executable, "-c", ASK], **pipes)
         assert result.returncode == 0 and result.stderr == "", result.stderr
         return [line for line in result.stdout.splitlines() if not line.startswith("Fetching")]
 
@@ -213,24 +217,35 @@ def test_without_the_hub_the_projects_own_text_is_taken_and_the_reason_given_onc
     assert taken.startswith("input.txt ")
 
 
+TROUBLES = {
+    "data.name=wikitext-9": (2, "no configuration 'wikitext-9', but wikitext-103-raw-v1, "),
+    "data.name=null": (2, "no configuration None, but wikitext-103-raw-v1, wikitext-2-v1"),
+    "data.name=wikitext-2-v1": (2, "no files to train on"),
+    "data.column=content": (2, "no column 'content', but text"),
+    "data.dataset=Salesforce/absent": (5, "the Hub answered 404 Not Found; mend its"),
+    "data.dataset=no id at all": (5, "no id at all: "),
+    "data.revision=..": (5, "Salesforce/wikitext: "),
+}
+
+
+def test_each_setting_that_cannot_be_had_is_one_line(hub, ask):
+    first, *more = TROUBLES
+    lines = ask(first, more=[[setting] for setting in more])
+    for line, (code, words) in zip(lines, TROUBLES.values(), strict=True):
+        assert line.startswith(f"error {code}: ") and words in line
+
+
 @pytest.mark.parametrize(
-    ("fault", "sets", "code", "words"),
+    ("how", "words"),
     [
-        (None, ["data.name=wikitext-9"], 2, "no configuration 'wikitext-9', but wikitext-103-raw"),
-        (None, ["data.name=null"], 2, "no configuration None, but wikitext-103-raw-v1, wiki"),
-        (None, ["data.name=wikitext-2-v1"], 2, "no files to train on"),
-        (None, ["data.column=content"], 2, "no column 'content', but text"),
-        (None, ["data.dataset=Salesforce/absent"], 5, "the Hub answered 404 Not Found; mend its"),
-        (None, ["data.dataset=no id at all"], 5, "no id at all: "),
-        (None, ["data.revision=.."], 5, "Salesforce/wikitext: "),
-        (Fault("wrong", "train-.*parquet"), [], 5, "arrived with another sha256 than the Hub's"),
-        (Fault("cut", "parquet"), [], 5, "the download failed (peer closed connection"),
+        ("wrong", "arrived with another sha256 than the Hub's"),
+        ("cut", "the download failed (peer closed connection"),
     ],
 )
-def test_each_trouble_is_one_line(hub, ask, fault, sets, code, words):
-    hub.fault = fault
-    (line,) = ask(*sets)
-    assert line.startswith(f"error {code}: ") and words in line
+def test_files_that_do_not_arrive_whole_are_one_line(hub, ask, how, words):
+    hub.fault = Fault(how, "train-.*parquet")
+    (line,) = ask()
+    assert line.startswith("error 5: ") and words in line
 
 
 def test_a_damaged_parquet_is_one_line(hub, ask):
