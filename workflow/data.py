@@ -1,9 +1,8 @@
 """Text becomes batches.
 
 Documents are tokenised and joined by the end-of-text token into one stream, with a held-out part of
-its own or taken from the end. Batches are a pure function of (seed,
-step): nothing is padded, nothing is dropped, and a resumed run needs no more than the step to go on
-with the very next tokens.
+its own or taken from the end. Batches are a pure function of (seed, step): nothing is padded,
+nothing is dropped, and a resumed run needs no more than the step to go on with the next tokens.
 """
 
 from __future__ import annotations
@@ -89,11 +88,11 @@ def load_corpus(
     if source.validation:
         held_out_sha256, validation = token_file(source.validation, *how)
         text_sha256 = hashlib.sha256(f"{text_sha256} {held_out_sha256}".encode()).hexdigest()
-        documents = sum(np.count_nonzero(part == end_of_text) for part in (train, validation))
+        count = sum(np.count_nonzero(part == end_of_text) for part in (train, validation))
     else:
         ends = np.flatnonzero(train == end_of_text) + 1
         cut = split_point(len(train), ends, validation_fraction)
-        train, validation, documents = train[:cut], train[cut:], len(ends)
+        train, validation, count = train[:cut], train[cut:], len(ends)
     for part, tokens in (("to train on", train), ("held out", validation)):
         if len(tokens) <= sequence_length:
             raise DataError(
@@ -102,7 +101,7 @@ def load_corpus(
                 "give a longer text or a smaller train.sequence_length",
             )
     hashes = (text_sha256, tokenizer_sha256)
-    return Corpus(source.name, source.revision, train, validation, int(documents), *hashes)
+    return Corpus(source.name, source.revision, train, validation, int(count), *hashes)
 
 
 def token_file(
