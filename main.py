@@ -14,7 +14,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 
-from workflow import WorkflowError, refused
+from workflow import WorkflowError, processes, refused
 from workflow.arguments import REFERENCE, SAMPLING, parser
 from workflow.config import load_config
 from workflow.settings import Config
@@ -186,6 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__, COMMANDS).parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
     try:
+        processes.start(options.command in ("train", "resume"))
         return COMMANDS[options.command](options)
     except WorkflowError as error:
         if options.debug:
@@ -194,6 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         return getattr(stop, "exit_code", 130)
+    finally:
+        processes.end()
 
 
 if __name__ == "__main__":

@@ -87,6 +87,23 @@ def not_finite(state: Any) -> list[str]:
     return [name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()]
 
 
+def within(folder: Path, path: Path) -> tuple[Path, dict[str, Any]]:
+    """`path`, or the newest checkpoint of that run's folder, and its state.
+
+    Raises CheckpointError where the run is not one of those in `folder`.
+    """
+    if path.is_dir():
+        if not found(path):
+            raise CheckpointError(path, "no checkpoint in this folder", "name another")
+        path, state = newest(path)
+    else:
+        state = load(path)
+    if path.parent.parent != folder.resolve():
+        do = f"put its folder there, or give --set paths.checkpoints={path.parent.parent}"
+        raise CheckpointError(path, f"it is not in {folder}", do)
+    return path, state
+
+
 def prune(folder: Path, step: int, keep: int, kept: Collection[int | None]) -> None:
     """Deletes all but the newest `keep` checkpoints up to `step` and those of the steps `kept`.
 

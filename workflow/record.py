@@ -23,6 +23,7 @@ SCALARS = {  # key of a row -> TensorBoard's tag
     "learning_rate": "learning_rate",
     "gradient_norm": "gradient_norm",
     "tokens_per_second": "tokens_per_second",
+    "flops_utilisation": "flops_utilisation",
 }
 
 usual_hook = threading.excepthook
@@ -58,8 +59,9 @@ class Record:
     """The rows of a run up to `step`, the rest cut off, and the files that take the next ones.
 
     Each row is a flat dict with "step" (updates done) and any of: loss (nats a token, before the
-    update), learning_rate, gradient_norm (before clipping), tokens_per_second (of updates alone);
-    validation_loss; prompt and sample. made_of: weights and text, kept beside them.
+    update), learning_rate, gradient_norm (before clipping), tokens_per_second (of updates alone),
+    flops_utilisation (of a GPU's bf16 peak, if known); validation_loss; prompt and sample.
+    made_of: weights and text, kept beside them.
     """
 
     def __init__(self, folder: Path, step: int, made_of: Mapping[str, str | int]):
@@ -118,6 +120,21 @@ class Record:
         self._file.close()
         with writing(self.folder, SETTING):
             self._board.close()
+
+
+class RowsAlone(Record):
+    """What other processes of the run than the first keep: rows since they started, no files."""
+
+    def __init__(self, folder: Path, step: int, made_of: Mapping[str, str | int]):
+        self.rows = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def flush(self) -> None:
+        pass
+
+    close = flush
 
 
 def wait_for_a_new_second(folder: Path) -> None:

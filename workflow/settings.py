@@ -90,6 +90,10 @@ class TrainSettings(Section):
     resume_steps: PositiveInt  # updates after it
     batch_size: PositiveInt  # sequences an update
     sequence_length: PositiveInt  # tokens a sequence
+    micro_batch_size: PositiveInt | None  # sequences at once on a device; null: all of its share
+    recompute: bool  # of each layer keep the input only: less memory, a third more time
+    precision: Literal["float32", "bfloat16"]  # of products; weights and moments are float32
+    compile: bool  # torch.compile: a minute first, then faster
     learning_rate: PositiveFloat  # at the peak
     min_learning_rate: NonNegativeFloat  # from schedule_steps on
     warmup_steps: Count
@@ -237,6 +241,8 @@ class Config(Section):
             update={
                 "model": None,
                 "init": "reference",
+                "micro_batch_size": None,
+                "compile": False,  # it would take longer than the steps
                 "steps": few.save_at,
                 "resume_steps": few.steps - few.save_at,
                 "batch_size": few.batch_size,

@@ -24,10 +24,11 @@ def raise_on_sigterm() -> None:
 
 
 @contextmanager
-def deferred() -> Iterator[Callable[..., None]]:
+def deferred(agreed: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
     """Signals wait for `safe_point(before)`, which is yielded: nothing is half made or recorded.
 
     It calls `before`, if given, then acts as the signal would have. A second signal acts at once.
+    agreed: of several processes, makes the number of a signal that one has met known to all.
     Outside the main thread, where none arrives, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -41,10 +42,10 @@ def deferred() -> Iterator[Callable[..., None]]:
             usual[number](number, frame)
 
     def safe_point(before: Callable[[], None] | None = None) -> None:
-        if waiting:
+        if number := agreed(waiting[0] if waiting else 0):
             if before:
                 before()
-            usual[waiting[0]](waiting[0], None)
+            usual[number](number, None)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     usual = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}

@@ -11,10 +11,7 @@ goes on where it was.
 
 from __future__ import annotations
 
-import math
-import os
 import sys
-import time
 import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,34 +19,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
 
-from . import WorkflowError, checkpoint, files, progress, randomness, weights_sha256
+from . import checkpoint, files, hardware, processes, progress, randomness, weights_sha256
 from .archive import CheckpointError
 from .data import batch_at, validation_batches
 from .origin import Origin, identify
-from .record import Record, Trace
+from .record import Record, RowsAlone, Trace
 from .restoring import check_allowed, restore
 from .settings import Config
 from .signals import deferred
-from .update import (
-    NextTokenLoss,
-    evaluating,
-    learning_rate,
-    make_optimizer,
-    optimizer_state,
-)
+from .update import evaluating, optimizer_state
+from .updater import NonFiniteError, Updater
 
-
-class NonFiniteError(WorkflowError):
-    """The loss or the gradient is not a number."""
-
-    exit_code = 4
-
-
+GPU_STEPS_AHEAD = 10  # updates that are launched before the numbers of the first are waited for
 _OPEN = weakref.WeakValueDictionary()  # this process's runs, by folder of checkpoints
 
 
@@ -63,7 +49,7 @@ class Run:
     """
 
     def __init__(self, config: Config, reference):
-        with self._closed_on_failure():
+        with self._closed_on_failure(), processes.first_first():
             self._open(config, Origin.of(reference))
             taken = checkpoint.newest(self.checkpoints)
             if taken:
@@ -82,19 +68,10 @@ class Run:
         allow: what may be other than in the checkpoint; see `restoring.check_allowed`.
         """
         check_allowed(allow)
-        path = Path(path).resolve()
-        if path.is_dir():
-            if not checkpoint.found(path):
-                raise CheckpointError(path, "no checkpoint in this folder", "name another")
-            path, state = checkpoint.newest(path)
-        else:
-            state = checkpoint.load(path)
+        path, state = checkpoint.within(config.paths.checkpoints, Path(path).resolve())
         folder, asked = path.parent, state["step"]
-        if folder.parent != config.paths.checkpoints.resolve():
-            do = f"put its folder there, or give --set paths.checkpoints={folder.parent}"
-            raise CheckpointError(path, f"it is not in {config.paths.checkpoints}", do)
         run = cls.__new__(cls)
-        with run._closed_on_failure():
+        with run._closed_on_failure(), processes.first_first():
             run.allowed = tuple(allow)
             run._open(config, Origin.saved(folder, state), folder.name)
             print(f"Loaded {path.name}")
@@ -107,6 +84,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
+        self._settle()
         return self.record.rows
 
     # --- the loop ---
@@ -118,6 +96,7 @@ class Run:
         trained and the record is told. Ctrl-C and SIGTERM wait until the update, and what the
         caller does after it, are done; then the run is saved and KeyboardInterrupt raised.
         """
+        self._settle()
         if self.step > target or (self.step == target and not self._owes_validation(target)):
             after = self.resumed_at or 0
             rows = self.record.between(after, target)
@@ -128,13 +107,12 @@ class Run:
         progress.forecast(target - self.step, settings, epoch, parameters)
         self._progress = progress.Progress(settings, self.resumed_at, self.step, target)
         try:
-            with deferred() as safe_point:
+            with deferred(processes.agreed) as safe_point:
                 self._validate(target, safe_point)
                 while self.step < target:
-                    row = self._update()
-                    self.record.add(row)
-                    self._amid = False
-                    self._progress.show(row)
+                    self._update()
+                    if self._waits(target):
+                        self._settle()
                     self._validate(target, safe_point)
                     yield self.step
                     if self.step % settings.checkpoint_every == 0 and self.step < target:
@@ -160,10 +138,11 @@ class Run:
             raise CheckpointError(file, what, "start anew beside it with FRESH=1")
         if self.taken_from == self.step:
             print(f"Note: at step {self.step} this run was itself read from a checkpoint")
-        with deferred() as safe_point:
+        self._settle()
+        with deferred(processes.agreed) as safe_point:
             while self.step < target:
-                self.carried.append(self._update()["loss"])
-                self._amid = False
+                self._update()
+                self.carried += [row["loss"] for row in self._rows()]
                 safe_point()
         first = target - len(self.carried) + 1
         trace = Trace(first, tuple(self.carried), self.weights_sha256())
@@ -183,7 +162,10 @@ class Run:
         A run that has not begun, was carried on or is closed has nothing to save.
         """
         path = self.checkpoint(self.step)
-        if not self.step or self.carried or self.model is None or checkpoint.is_whole(path):
+        self._settle()
+        if not self.step or self.carried or self.model is None or processes.rank():
+            return
+        if checkpoint.is_whole(path):
             return
         if self._amid:
             self._check_live()
@@ -203,12 +185,15 @@ class Run:
 
         Touches no random state but its own. Takes the bar off the line that will be printed on.
         """
+        self._settle()
         if self._progress is not None:
             self._progress.clear()
         told = self.record.sample(self.step, prompt)
         if told is not None:
             return told
         self._check_live()
+        if processes.rank():
+            return ""
         settings = self.config.sample
         ids = torch.tensor(
             [self.origin.tokenizer.encode(prompt, add_special_tokens=False).ids], device=self.device
@@ -240,7 +225,7 @@ class Run:
             self.record.close()
         if self._lock is not None:
             self._lock.release()
-        self.model = self.optimizer = self.loss = None
+        self.model = self.optimizer = self.updater = None
 
     @contextmanager
     def _closed_on_failure(self) -> Iterator[None]:
@@ -261,44 +246,55 @@ class Run:
     # --- one update ---
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T) of update `step` (0, 1, …), on the run's device."""
+        """Inputs and targets (B, T) of update `step` (0, 1, …); B: this process's share."""
         settings, seed = self.config.train, self.config.run.seed
-        inputs, targets = batch_at(
+        whole = batch_at(
             self.corpus.train, step, settings.batch_size, settings.sequence_length, seed
         )
-        return inputs.to(self.device), targets.to(self.device)
+        inputs, targets = (part[self.updater.share] for part in whole)
+        if self.device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
+            inputs, targets = inputs.pin_memory(), targets.pin_memory()
+        return tuple(part.to(self.device, non_blocking=True) for part in (inputs, targets))
 
-    def _update(self) -> dict[str, Any]:
-        """One update; its row. Numbers that are not finite are refused before weights change."""
-        settings, began = self.config.train, time.perf_counter()
-        rate = learning_rate(self.step, settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    def _update(self) -> None:
         inputs, targets = self.batch(self.step)
-        self.optimizer.zero_grad()
-        loss = self.loss(inputs, targets)
-        loss.backward()
-        bare = [name for name, p in self.model.named_parameters() if p.grad is None]
-        assert not bare, f"no gradient reaches {', '.join(bare)}"
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        value, size = loss.item(), norm.item()
-        if not (math.isfinite(value) and math.isfinite(size)):
-            what = f"loss {value} and gradient norm {size} at step {self.step + 1}"
-            raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
-        self._amid = True  # until the row is recorded, this is no state to save
-        self.optimizer.step()
+        self._amid = True  # no state to save
+        with processes.told():
+            self.updater(self.step, inputs, targets)
         self.step += 1
-        return {
-            "step": self.step,
-            "loss": value,
-            "learning_rate": rate,
-            "gradient_norm": size,
-            "tokens_per_second": inputs.numel() / (time.perf_counter() - began),
-        }
+        self._amid = False
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """The rows of the updates that were launched; waits for them."""
+        waiting = self.updater.waiting
+        try:
+            return self.updater.rows(self.name)
+        except NonFiniteError as error:
+            self.step, self._amid = error.step, waiting > 1
+            raise
+
+    def _settle(self) -> None:
+        """Records and shows the updates that were launched, if there are any."""
+        if self._amid or self.model is None or not self.updater.waiting:
+            return
+        self._amid = True  # half a record is no state to save
+        for row in self._rows():
+            self.record.add(row)
+            if self._progress is not None:
+                self._progress.show(row)
+        self._amid = False
+
+    def _waits(self, target: int) -> bool:
+        """Whether this step's numbers are waited for; else a GPU has the next step launched."""
+        ahead = GPU_STEPS_AHEAD if self.device.type == "cuda" else 1
+        return self.step % ahead == 0 or self._validates(target)
+
+    def _validates(self, target: int) -> bool:
+        return self.step % self.config.train.validate_every == 0 or self.step == target
 
     def _owes_validation(self, target: int) -> bool:
-        due = self.step % self.config.train.validate_every == 0 or self.step == target
-        return due and self.model is not None and not self.record.has("validation_loss", self.step)
+        here = self.model is not None and not processes.rank() and self._validates(target)
+        return here and not self.record.has("validation_loss", self.step)
 
     @torch.no_grad()
     def _validate(self, target: int, safe_point: Callable) -> None:
@@ -306,18 +302,15 @@ class Run:
         if not self._owes_validation(target):
             return
         settings, total, count = self.config.train, 0.0, 0
-        batches = validation_batches(
-            self.corpus.validation,
-            settings.validation_tokens,
-            settings.batch_size,
-            settings.sequence_length,
-        )
+        size = settings.micro_batch_size or settings.batch_size, settings.sequence_length
+        batches = validation_batches(self.corpus.validation, settings.validation_tokens, *size)
         with evaluating(self.model):
             for inputs, targets in batches:
-                loss = self.loss(inputs.to(self.device), targets.to(self.device))
+                loss = self.updater.loss(inputs.to(self.device), targets.to(self.device))
                 total += loss.item() * inputs.numel()
                 count += inputs.numel()
-                safe_point(self.save)
+                if processes.count() == 1:  # the others are not here to agree
+                    safe_point(self.save)
         self.record.add({"step": self.step, "validation_loss": total / count})
 
     # --- opening, saving, restoring ---
@@ -333,21 +326,23 @@ class Run:
         self.folder = config.paths.runs / self.name
         if earlier := _OPEN.pop(self.checkpoints.resolve(), None):
             earlier.hand_over()
-        self._lock = files.lock(self.checkpoints, checkpoint.SETTING)
         _OPEN[self.checkpoints.resolve()] = self
-        files.remove_unfinished(self.checkpoints)
-        if not (self.checkpoints / "tokenizer.json").is_file():
-            texts = {**origin.tokenizer_files, "tokenizer.json": origin.tokenizer.to_str()}
-            for file, text in texts.items():
-                files.replace_text(self.checkpoints / file, text, checkpoint.SETTING)
-        if self.device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)  # the price of a bit-exact resume on a GPU
+        if not processes.rank():
+            self._take_folder()
+        hardware.prepare(self.device)
         randomness.seed_random_states(config.run.seed)
         self.model = LlamaModel(config.trained).to(self.device)
-        self.loss = NextTokenLoss(self.model)
-        self.optimizer = make_optimizer(self.model, config.train)
+        self.updater = Updater(self.model, config.train, self.device)
+        self.optimizer = self.updater.optimizer
         self._check_room()
+
+    def _take_folder(self) -> None:
+        self._lock = files.lock(self.checkpoints, checkpoint.SETTING)
+        files.remove_unfinished(self.checkpoints)
+        if not (self.checkpoints / "tokenizer.json").is_file():
+            tokenizer = {"tokenizer.json": self.origin.tokenizer.to_str()}
+            for file, text in {**self.origin.tokenizer_files, **tokenizer}.items():
+                files.replace_text(self.checkpoints / file, text, checkpoint.SETTING)
 
     def _check_room(self) -> None:
         """Raises DiskError when the checkpoints of the whole run will not fit."""
@@ -361,8 +356,13 @@ class Run:
     def _start(self) -> None:
         if self.config.train.init == "reference":
             load_hf_weights(self.model, self.origin.weights)
-        self.record = Record(self.folder, 0, self.made_of | self.corpus.stamp)
-        (self.folder / "never_stopped.json").unlink(missing_ok=True)
+        self._open_record()
+        if not processes.rank():
+            (self.folder / "never_stopped.json").unlink(missing_ok=True)
+
+    def _open_record(self) -> None:
+        kind = RowsAlone if processes.rank() else Record
+        self.record = kind(self.folder, self.step, self.made_of | self.corpus.stamp)
 
     def _made_with(self) -> dict[str, Any]:
         """What a resume must find unchanged."""
@@ -396,4 +396,4 @@ class Run:
         if inexact:
             print(f"Note: {', '.join(inexact)} as allowed: no longer the course it was on")
         self.step = self.taken_from = state["step"]
-        self.record = Record(self.folder, self.step, self.made_of | self.corpus.stamp)
+        self._open_record()

@@ -11,30 +11,47 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import LinearCrossEntropyOptions
+from torch.utils.checkpoint import checkpoint
 
 from SmolLm3 import LlamaModel
 
 from .settings import TrainSettings
 
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps of each parameter
+CHUNK, LOW_CHUNK = 512, 4096  # tokens whose logits are made at once, in float32 and in bfloat16
 
 
 class NextTokenLoss(nn.Module):
-    """Mean cross entropy of the next token, in nats: inputs and targets (B, T) to a scalar.
+    """Mean cross entropy of the next token, nats, float32: inputs and targets (B, T) to a scalar.
 
-    Takes the normed states, not the logits, so that torch is free not to hold the logits of a whole
-    batch.
+    Takes the normed states, not the logits: those of a whole batch would be the largest tensor of
+    a step, and are made for `CHUNK` tokens at a time. precision: of the products; the rest, sums
+    and losses, is float32.
     """
 
-    def __init__(self, model: LlamaModel):
+    def __init__(self, model: LlamaModel, precision: torch.dtype = torch.float32):
         super().__init__()
-        self.model = model
+        self.model, self.precision = model, precision
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.model.hidden(inputs)
-        return F.linear_cross_entropy(
-            hidden.flatten(0, 1), self.model.lm_head.weight, targets.flatten()
-        )
+        low = self.precision != torch.float32
+        with torch.autocast(inputs.device.type, self.precision, enabled=low):
+            hidden, weight = self.model.hidden(inputs).flatten(0, 1), self.model.lm_head.weight
+            targets = targets.flatten()
+            if not low:
+                options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
+                options = options if len(targets) > CHUNK else None
+                return F.linear_cross_entropy(hidden, weight, targets, options=options)
+            # linear_cross_entropy would round the loss itself to bfloat16: 3.0117 is 3.0156 there
+            chunks = zip(hidden.split(LOW_CHUNK), targets.split(LOW_CHUNK))
+            losses = [checkpoint(summed_loss, h, weight, t, use_reentrant=False) for h, t in chunks]
+            return torch.stack(losses).sum() / len(targets)
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss of some tokens (n, C); under `checkpoint`, only their states are kept for it."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
