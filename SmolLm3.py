@@ -207,6 +207,7 @@ class LlamaModel(nn.Module):
         top_p: float = 1.0,
         min_p: float = 0.0,
         mask: Tensor | None = None,
+        cache: KVCache | None = None,
         generator: torch.Generator | None = None,
         stop_ids: Sequence[int] = (),
     ) -> Iterator[Tensor]:
@@ -214,7 +215,8 @@ class LlamaModel(nn.Module):
 
         temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
             temperature), less what top_k, top_p and min_p leave out: see `token_probabilities`.
-        mask: (B, T) booleans, False for padding, which must stand on the left.
+        mask: (B, T) booleans, False for padding, which must stand on the left; without a cache.
+        cache: keys and values of the tokens before, with room for T + max_new_tokens more.
         generator: the random state that is drawn from; by default torch's global one.
         stop_ids: a row that has met one of them repeats it; when all rows have, the stream ends.
         Raises ValueError, naming it, for a prompt, a mask or a number that does not fit.
@@ -222,10 +224,9 @@ class LlamaModel(nn.Module):
         B, T = input_ids.shape
         self._check_prompt(input_ids, max_new_tokens, mask)
         check_sampling(temperature, top_k, top_p, min_p)
-        cache = KVCache(self.config, B, T + max_new_tokens, like=self.embed_tokens.weight)
+        cache = cache or KVCache(self.config, B, T + max_new_tokens, like=self.norm.weight)
         stops = torch.tensor(stop_ids, device=input_ids.device, dtype=input_ids.dtype)
-        done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-        token, step = None, input_ids
+        done, token, step = torch.zeros_like(input_ids[:, 0]).bool(), None, input_ids
         for _ in range(max_new_tokens):
             logits = self.lm_head(self.hidden(step, mask=mask, cache=cache)[:, -1])
             if temperature == 0:

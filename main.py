@@ -75,7 +75,7 @@ def generate(arguments: argparse.Namespace) -> int:
     """Continue PROMPT, token by token, with the reference's weights or a checkpoint's."""
     import torch
 
-    from workflow.generation import prompt_ids, sampling, text_pieces
+    from workflow.generation import Decoder, prompt_ids, sampling, text_pieces
 
     model, tokenizer, _, config = open_model(arguments)
     options = sampling(**{name: getattr(arguments, name) for name in SAMPLING})
@@ -83,7 +83,8 @@ def generate(arguments: argparse.Namespace) -> int:
     with refused("generate", "change the prompt or the options"):
         ids = prompt_ids(tokenizer, arguments.prompt, arguments.chat)
         print("" if arguments.chat else arguments.prompt, end="", flush=True)
-        for piece in text_pieces(model, tokenizer, ids, arguments.tokens, options):
+        decoder = Decoder(model, torch.bfloat16 if arguments.bf16 else torch.float32)
+        for piece in text_pieces(decoder, tokenizer, ids, arguments.tokens, options):
             print(piece, end="", flush=True)
     print()
     return 0
@@ -118,12 +119,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure a training step and generation against transformers, interleaved."""
-    from workflow.bench import generation, table, training_step
+    """Measure training and generation against transformers, call by call in turn."""
+    from workflow.bench import report
 
-    (reference, config), rounds = open_reference(arguments), arguments.rounds
-    steps = training_step(reference, config.train, 1, 128, rounds)
-    print(table([generation(reference, 64, rounds), steps]))
+    print(report(configure(arguments), arguments.rounds, arguments.only))
     return 0
 
 
@@ -195,8 +194,6 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stop:
         return getattr(stop, "exit_code", 130)
-    finally:
-        processes.end()
 
 
 if __name__ == "__main__":

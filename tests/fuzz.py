@@ -19,7 +19,7 @@ from SmolLm3 import LlamaModel
 from workflow import WorkflowError
 from workflow.config import load_config
 from workflow.data import load_corpus
-from workflow.generation import prompt_ids, text_pieces
+from workflow.generation import Decoder, prompt_ids, text_pieces
 from workflow.proof import copy_reference
 from workflow.sources import Source
 
@@ -143,7 +143,7 @@ def fuzz_prompts(reference, cases: int) -> int:
     def any_prompt(prompt, new_tokens) -> None:
         try:
             ids = prompt_ids(reference.tokenizer, prompt, chat=False)
-            "".join(text_pieces(model, reference.tokenizer, ids, min(new_tokens, 3), {}))
+            "".join(text_pieces(Decoder(model), reference.tokenizer, ids, min(new_tokens, 3), {}))
         except (WorkflowError, ValueError) as error:
             one_line(error)
 

@@ -12,7 +12,7 @@ from transformers import (
 
 from SmolLm3 import LlamaModel, token_probabilities
 from workflow import WorkflowError
-from workflow.generation import prompt_ids, sampling, text_pieces
+from workflow.generation import Decoder, prompt_ids, sampling, text_pieces
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,10 @@ def test_top_k_of_one_is_greedy(model):
 
 
 def scripted(model, ids):
-    """A model that says exactly `ids`."""
-    model.stream = lambda *_, **options: iter(torch.tensor(ids)[:, None])
-    return model
+    """A decoder that says exactly `ids`."""
+    decoder = Decoder(model)
+    decoder.stream = lambda *_, **options: iter(torch.tensor(ids)[:, None])
+    return decoder
 
 
 def test_half_a_character_waits_for_the_rest(model, reference):
@@ -136,3 +137,30 @@ def test_a_chat_is_told_in_the_tokenizers_own_template(reference):
     )
     ids = prompt_ids(reference.tokenizer, "Hi", chat=True)
     assert reference.tokenizer.decode(ids) == "<user>Hi<assistant>"
+
+
+def test_a_decoder_says_what_the_model_says(model):
+    prompt = torch.tensor([[3, 5, 7, 11], [2, 4, 6, 8]])
+    expected, before = model.generate(prompt, 20), model.embed_tokens.weight.clone()
+    new = list(Decoder(model).stream(prompt, 20))
+    assert torch.equal(torch.cat([prompt, torch.stack(new, dim=1)], dim=1), expected)
+    assert torch.equal(model.embed_tokens.weight, before)  # laid out in another way only
+    assert model.embed_tokens.weight.stride() == (1, before.shape[0])
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_decoder_in_bfloat16_takes_the_prompt_in_float32(model, length, monkeypatch):
+    decoder = Decoder(model, torch.bfloat16)
+    prompt = torch.arange(3, 3 + length)[None]
+    first = model(prompt)[:, -1]
+    seen = []
+    monkeypatch.setattr(
+        decoder.low.lm_head,
+        "forward",
+        lambda x: (seen.append(y := x @ decoder.low.lm_head.weight.T), y)[1],
+    )
+    assert len(list(decoder.stream(prompt, 6))) == 6
+    assert seen[0].dtype == torch.bfloat16
+    assert 0 < (seen[0].float() - first).abs().max() < 0.05 * first.abs().max()
+    assert model.embed_tokens.weight.dtype == torch.float32

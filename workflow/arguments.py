@@ -52,6 +52,7 @@ def generate(part: argparse.ArgumentParser) -> None:
     weights(part)
     stdin = {"type": text_or_stdin, "nargs": "?", "default": "-"}
     part.add_argument("prompt", metavar="PROMPT", help="by default, or for -, stdin", **stdin)
+    part.add_argument("--bf16", action="store_true", help="round the weights: faster")
     part.add_argument("--chat", action="store_true", help="ask, in the Instruct model's template")
     part.add_argument("--tokens", type=int, default=64, help="how many new ones (default: 64)")
     words = "0 is greedy, the default; 1 if one of the next is given"
@@ -82,6 +83,7 @@ def export(part: argparse.ArgumentParser) -> None:
 
 def bench(part: argparse.ArgumentParser) -> None:
     part.add_argument("--rounds", type=int, default=7, help="pairs of calls (default: 7)")
+    part.add_argument("--only", default="", metavar="WORDS", help="rows whose name has these words")
 
 
 def weights(part: argparse.ArgumentParser) -> None:

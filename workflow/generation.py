@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from SmolLm3 import LlamaModel
+from SmolLm3 import KVCache, LlamaModel
 
 from . import WorkflowError
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what a part of a character is decoded to
 # Where a text or an answer ends, in the members' vocabularies.
 STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
+
+
+class Decoder:
+    """A model, prepared to generate: one token after the other, which reads all weights each time.
+
+    In float32 on a CPU, its matrices are laid out column by column, in place: torch's BLAS reads
+    them so on all cores, and as they were on one. In bfloat16 there is half as much to read; the
+    prompt is still taken in float32, which a CPU without bfloat16 instructions does faster.
+    """
+
+    def __init__(self, model: LlamaModel, precision: torch.dtype = torch.float32):
+        self.model, self.low = model, model
+        if precision != torch.float32:
+            self.low = copy.deepcopy(model).to(precision)
+        elif self.device.type == "cpu":
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.data = parameter.data.t().contiguous().t()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    @torch.no_grad()
+    def stream(self, input_ids: Tensor, new_tokens: int, **options) -> Iterator[Tensor]:
+        """As `LlamaModel.stream`; a mask, in float32 only."""
+        if self.low is self.model or input_ids.shape[1] < 2:
+            return self.low.stream(input_ids, new_tokens, **options)
+        (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
+        cache = KVCache(self.model.config, B, T + new_tokens, like=weight)
+        self.model.hidden(input_ids[:, :-1], cache=cache)
+        dtype = self.low.embed_tokens.weight.dtype
+        cache.keys, cache.values = cache.keys.to(dtype), cache.values.to(dtype)
+        return self.low.stream(input_ids[:, -1:], new_tokens, cache=cache, **options)
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
@@ -46,7 +82,7 @@ def sampling(
 
 
 def text_pieces(
-    model: LlamaModel,
+    decoder: Decoder,
     tokenizer,
     ids: list[int],
     new_tokens: int,
@@ -61,9 +97,9 @@ def text_pieces(
     stops = [tokenizer.token_to_id(word) for word in STOPS]
     stops = [number for number in stops if number is not None]
     ids, shown = list(ids), tokenizer.decode(ids, skip_special_tokens=False)
-    prompt = torch.tensor([ids], dtype=torch.long, device=model.embed_tokens.weight.device)
+    prompt = torch.tensor([ids], dtype=torch.long, device=decoder.device)
     text = shown
-    for token in model.stream(prompt, new_tokens, stop_ids=stops, **options):
+    for token in decoder.stream(prompt, new_tokens, stop_ids=stops, **options):
         if token.item() in stops:
             break
         ids.append(token.item())

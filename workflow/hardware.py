@@ -1,11 +1,17 @@
-"""What the machine can do, and how it is asked to: allocator, compiler, peak of a GPU."""
+"""What the machine can do, and how it is asked to: allocator, compiler, its best figures."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import shutil
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,3 +84,50 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((tera * 1e12 for known, tera in PEAKS.items() if known in name), None)
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """What the machine does at best: products in FLOP/s, reading in bytes/s."""
+
+    flops: float
+    bandwidth: float
+
+    @classmethod
+    def of(cls, device: torch.device, precision: torch.dtype) -> Ceiling:
+        size = 8192 if device.type == "cuda" else 2048
+        square = torch.randn(size, size, device=device).to(precision)
+        large = torch.ones(250_000_000, device=device)  # 1 GB
+        product = fastest(lambda: square @ square, device)
+        return cls(2 * size**3 / product, large.nbytes / fastest(large.sum, device))
+
+    def __str__(self) -> str:
+        products, reading = f"{self.flops / 1e9:.0f} GFLOP/s", f"{self.bandwidth / 1e9:.0f} GB/s"
+        return f"the machine at its best: {products} in matrix products, {reading} read from memory"
+
+
+def fastest(call: Callable[[], Any], device: torch.device, rounds: int = 20) -> float:
+    """Seconds of the fastest of some calls."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """As Linux calls it; elsewhere, what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({kind})"

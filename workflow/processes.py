@@ -5,6 +5,7 @@ They work on slices of the same batch. The first, rank 0, alone writes.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Iterator
@@ -48,13 +49,9 @@ def start(able: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with told():
         dist.init_process_group(backend, timeout=TIMEOUT)
+    atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
-
-
-def end() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @contextmanager
