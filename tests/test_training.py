@@ -328,6 +328,58 @@ def test_numbers_that_are_not_finite_stop_the_run_before_the_update(config, refe
     assert run.weights_sha256() == before
 
 
+@pytest.fixture
+def ahead(monkeypatch):
+    """As on a GPU, where updates are launched before the numbers of earlier ones are there."""
+    monkeypatch.setattr(
+        Run, "_waits", lambda run, target: run.step % 7 == 0 or run._validates(target)
+    )
+
+
+def rows(run: Run) -> list[dict]:
+    return [{**row, "tokens_per_second": 0} for row in run.history]
+
+
+def test_numbers_that_come_later_make_the_same_record(config, reference, tmp_path, request):
+    at_once = finished(Run(config, reference), 20)
+    request.getfixturevalue("ahead")
+    run = Run(beside(tmp_path), reference)
+    for step in run.until(20):
+        if step == 12:
+            assert run.history[-1]["step"] == 12  # who looks, waits
+            break
+    for step in run.until(20):
+        if step == 16:
+            run.sample("Once")
+    assert [row for row in rows(run) if "sample" not in row] == [
+        {**row, "tokens_per_second": 0} for row in at_once.history
+    ]
+    assert run.weights_sha256() == at_once.weights_sha256()
+    run.save()
+    assert [row["step"] for row in run.history[-2:]] == [20, 20]
+
+
+def test_a_number_that_comes_later_and_is_not_finite_stops_the_run_where_it_was(
+    config, reference, ahead, monkeypatch
+):
+    run = Run(config, reference)
+    batch = Run.batch
+
+    def poisoned(run, step):
+        if step == 3:  # for one update
+            run.model.norm.weight.data[0] = float("nan")
+        if step == 4:
+            run.model.norm.weight.data[0] = 1.0
+        return batch(run, step)
+
+    monkeypatch.setattr(Run, "batch", poisoned)
+    with pytest.raises(NonFiniteError, match="at step 4"):
+        finished(run, 20)
+    assert run.step == 3
+    run.hand_over()
+    assert not checkpoint.found(run.checkpoints)
+
+
 def test_a_second_process_is_refused(config, reference):
     run = Run(config, reference)
     held = run.checkpoints

@@ -91,6 +91,7 @@ class Updater:
                 what = f"loss {loss} and gradient norm {norm} at step {row['step']}"
                 error = NonFiniteError(f"run {run}", what, "lower train.learning_rate")
                 error.step = row["step"] - 1
+                self._failed.zero_()
                 raise error
             if peak := hardware.peak_flops(self.device):
                 config = self.loss.model.config
