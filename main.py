@@ -82,8 +82,8 @@ def generate(arguments: argparse.Namespace) -> int:
     options["generator"] = torch.Generator().manual_seed(config.run.seed)
     with refused("generate", "change the prompt or the options"):
         ids = prompt_ids(tokenizer, arguments.prompt, arguments.chat)
-        print("" if arguments.chat else arguments.prompt, end="", flush=True)
         decoder = Decoder(model, torch.bfloat16 if arguments.bf16 else torch.float32)
+        print("" if arguments.chat else arguments.prompt, end="", flush=True)
         for piece in text_pieces(decoder, tokenizer, ids, arguments.tokens, options):
             print(piece, end="", flush=True)
     print()
@@ -164,6 +164,7 @@ def run_until(run, target: int) -> int:
         if step % run.config.sample.every == 0:
             print(f"=== Generation @ step {step} ===\n{run.sample(run.config.sample.prompt)}")
     run.hand_over()
+    processes.end()
     return 0
 
 

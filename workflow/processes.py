@@ -5,7 +5,6 @@ They work on slices of the same batch. The first, rank 0, alone writes.
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Iterator
@@ -49,9 +48,15 @@ def start(able: bool) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with told():
         dist.init_process_group(backend, timeout=TIMEOUT)
-    atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
+
+
+def end() -> None:
+    """Takes leave of the others, before the interpreter is taken down around their threads."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
 
 
 @contextmanager

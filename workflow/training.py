@@ -163,22 +163,23 @@ class Run:
         """
         path = self.checkpoint(self.step)
         self._settle()
-        if not self.step or self.carried or self.model is None or processes.rank():
-            return
-        if checkpoint.is_whole(path):
-            return
-        if self._amid:
-            self._check_live()
-        self.record.flush()
-        state = self._state()
-        if wrong := checkpoint.not_finite(state):
-            what = f"{wrong[0]} is not finite at step {self.step}, nothing is saved"
-            raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
-        checkpoint.save(path, state)
-        tqdm.write(f"Saved {path.name}", file=sys.stdout)
-        settings = self.config.train
-        kept = {settings.steps, self.config.last_step, self.resumed_at, self.taken_from}
-        checkpoint.prune(self.checkpoints, self.step, settings.keep_checkpoints, kept)
+        with processes.first_first():  # nobody leaves before it is written
+            if not self.step or self.carried or self.model is None or processes.rank():
+                return
+            if checkpoint.is_whole(path):
+                return
+            if self._amid:
+                self._check_live()
+            self.record.flush()
+            state = self._state()
+            if wrong := checkpoint.not_finite(state):
+                what = f"{wrong[0]} is not finite at step {self.step}, nothing is saved"
+                raise NonFiniteError(f"run {self.name}", what, "lower train.learning_rate")
+            checkpoint.save(path, state)
+            tqdm.write(f"Saved {path.name}", file=sys.stdout)
+            settings = self.config.train
+            kept = {settings.steps, self.config.last_step, self.resumed_at, self.taken_from}
+            checkpoint.prune(self.checkpoints, self.step, settings.keep_checkpoints, kept)
 
     def sample(self, prompt: str) -> str:
         """`prompt` with its continuation, logged at this step.
