@@ -18,6 +18,8 @@ from . import WorkflowError
 
 TIMEOUT = timedelta(minutes=30)  # the others wait while the first validates, samples and saves
 
+LOST = ("gloo", "nccl", "connect")  # in what torch then says
+
 
 class LostError(WorkflowError):
     """Another process of the run has ended."""
@@ -65,7 +67,7 @@ def told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or "onnect" not in str(error):
+        if not dist.is_initialized() or not any(word in str(error).lower() for word in LOST):
             raise
         do = "start the same command again: it goes on from the newest checkpoint"
         raise LostError(f"process {rank()}", "another process of this run has ended", do) from error
