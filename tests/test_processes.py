@@ -112,7 +112,6 @@ def test_a_killed_process_ends_the_run_at_once_and_the_resume_is_exact(torchrun,
     assert time.monotonic() - began < 20
     told = "another process of this run has ended; start the same command again" in printed
     assert told or "exitcode  : 143" in printed  # torchrun's own SIGTERM can come before
-    assert printed.count("Traceback") == 1  # torchrun's
     assert "resuming from checkpoint_" in ended(torchrun(count, "cut", accumulated))
     assert losses(story, "cut") == losses(story, "whole")
     assert same(state(story, "cut"), state(story, "whole"))
