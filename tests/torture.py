@@ -190,6 +190,7 @@ def outcome(world: World) -> tuple[str, list[dict], dict[str, list[int]]]:
     state = checkpoint.load(checkpoint.path_of(folder, world.last))
     (runs,) = config.paths.runs.iterdir()
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "began" not in row]  # each life has its own
     for row in rows:
         row.pop("tokens_per_second", None)
     board = EventAccumulator(str(runs), size_guidance={"scalars": 0}).Reload()

@@ -8,13 +8,18 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from .archive import CheckpointError
 from .files import remove_unfinished, replace_text, writing
+from .stamp import commit
 
 SETTING = "paths.runs"  # the key of the YAML that says where all this lies
 SCALARS = {  # key of a row -> TensorBoard's tag
@@ -25,6 +30,7 @@ SCALARS = {  # key of a row -> TensorBoard's tag
     "tokens_per_second": "tokens_per_second",
     "flops_utilisation": "flops_utilisation",
 }
+BINS = 64  # of a histogram
 
 usual_hook = threading.excepthook
 
@@ -60,12 +66,14 @@ class Record:
 
     Each row is a flat dict with "step" (updates done) and any of: loss (nats a token, before the
     update), learning_rate, gradient_norm (before clipping), tokens_per_second (of updates alone),
-    flops_utilisation (of a GPU's bf16 peak, if known); validation_loss; prompt and sample.
-    made_of: weights and text, kept beside them.
+    flops_utilisation (of a GPU's bf16 peak, if known); validation_loss; prompt and sample; or
+    `began` (when, UTC) and `commit`: by whom the steps after it were computed.
+    made_of: weights and text, kept beside them; settings: the run's, shown in TensorBoard.
     """
 
-    def __init__(self, folder: Path, step: int, made_of: Mapping[str, str | int]):
+    def __init__(self, folder: Path, step: int, made_of: Mapping, settings: Mapping):
         self.folder, file = folder, folder / "metrics.jsonl"
+        self._began = datetime.now(UTC).isoformat(timespec="seconds")
         with writing(folder, SETTING):
             folder.mkdir(parents=True, exist_ok=True)
             remove_unfinished(folder)
@@ -83,8 +91,12 @@ class Record:
             if not step:
                 rows = "".join(f"| {name} | {value} |\n" for name, value in made_of.items())
                 self._board.add_text("made of", f"| what | which |\n|---|---|\n{rows}", 0)
+                self._board.add_text("config", f"```\n{yaml.safe_dump(dict(settings))}```", 0)
 
     def add(self, row: dict[str, Any]) -> None:
+        if self._began and "loss" in row:  # the first step of these hands
+            began, self._began = self._began, None
+            self.add({"step": row["step"] - 1, "began": began, "commit": commit()})
         self.rows.append(row)
         with writing(self.folder, SETTING):
             self._file.write((json.dumps(row) + "\n").encode())
@@ -92,6 +104,15 @@ class Record:
                 self._board.add_scalar(SCALARS[key], row[key], row["step"])
             if "sample" in row:
                 self._board.add_text("sample", row["sample"], row["step"])
+
+    def add_histograms(self, step: int, model: nn.Module) -> None:
+        """How weights, and gradients where there are any, are spread, for TensorBoard alone."""
+        with writing(self.folder, SETTING):
+            for name, parameter in model.named_parameters():
+                for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+                    if values is not None:
+                        bars = histogram(values.detach())
+                        self._board.add_histogram_raw(f"{kind}/{name}", **bars, global_step=step)
 
     def has(self, key: str, step: int) -> bool:
         """Whether a row of this step has `key`."""
@@ -125,16 +146,36 @@ class Record:
 class RowsAlone(Record):
     """What other processes of the run than the first keep: rows since they started, no files."""
 
-    def __init__(self, folder: Path, step: int, made_of: Mapping[str, str | int]):
+    def __init__(self, folder: Path, step: int, made_of: Mapping, settings: Mapping):
         self.rows = []
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
+    def add_histograms(self, step: int, model: nn.Module) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 
     close = flush
+
+
+def histogram(values: Tensor) -> dict[str, Any]:
+    """What TensorBoard keeps of a tensor: its range and sums, and counts in bins of one width."""
+    values = values.float().cpu()  # counting on a GPU is not deterministic
+    low, high = (bound.item() for bound in values.aminmax())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return {
+        "min": values.min().item(),
+        "max": values.max().item(),
+        "num": values.numel(),
+        "sum": values.sum().item(),
+        "sum_squares": values.square().sum().item(),
+        "bucket_limits": torch.linspace(low, high, BINS + 1)[1:].tolist(),
+        "bucket_counts": torch.histc(values, BINS, low, high).tolist(),
+    }
 
 
 def wait_for_a_new_second(folder: Path) -> None:

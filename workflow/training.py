@@ -196,9 +196,8 @@ class Run:
         if processes.rank():
             return ""
         settings = self.config.sample
-        ids = torch.tensor(
-            [self.origin.tokenizer.encode(prompt, add_special_tokens=False).ids], device=self.device
-        )
+        ids = self.origin.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = torch.tensor([ids], device=self.device)
         generator = torch.Generator(self.device).manual_seed(self.config.run.seed)
         with evaluating(self.model):
             output = self.model.generate(
@@ -249,9 +248,8 @@ class Run:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (B, T) of update `step` (0, 1, …); B: this process's share."""
         settings, seed = self.config.train, self.config.run.seed
-        whole = batch_at(
-            self.corpus.train, step, settings.batch_size, settings.sequence_length, seed
-        )
+        size = settings.batch_size, settings.sequence_length
+        whole = batch_at(self.corpus.train, step, *size, seed)
         inputs, targets = (part[self.updater.share] for part in whole)
         if self.device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
@@ -312,6 +310,7 @@ class Run:
                 count += inputs.numel()
                 if processes.count() == 1:  # the others are not here to agree
                     safe_point(self.save)
+        self.record.add_histograms(self.step, self.model)
         self.record.add({"step": self.step, "validation_loss": total / count})
 
     # --- opening, saving, restoring ---
@@ -363,7 +362,8 @@ class Run:
 
     def _open_record(self) -> None:
         kind = RowsAlone if processes.rank() else Record
-        self.record = kind(self.folder, self.step, self.made_of | self.corpus.stamp)
+        settings, made_of = self.config.settings_of_run(), self.made_of | self.corpus.stamp
+        self.record = kind(self.folder, self.step, made_of, settings)
 
     def _made_with(self) -> dict[str, Any]:
         """What a resume must find unchanged."""
