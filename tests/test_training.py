@@ -389,7 +389,7 @@ def test_a_second_process_is_refused(config, reference):
 
 def test_loss_starts_at_the_references_own_and_falls(config, reference, tmp_path):
     rehearsal = rehearse(config, reference)
-    inputs, targets = rehearsal.first_batch
+    inputs, targets = rehearsal.batches[0]
     with torch.no_grad():
         logits = reference.model(inputs).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()

@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,12 @@ from pydantic import ValidationError
 
 from SmolLm3 import ModelConfig
 
-from . import WorkflowError, check_torch
+from . import WorkflowError, check_torch, refused
 from .settings import Config, Member
 
 DEFAULT_PATH = "SmolLm3_Config.yaml"
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
+CHANGES_VARIABLE = "SMOLLM_SET"  # overrides, separated as words of a shell
 
 
 class ConfigError(WorkflowError):
@@ -130,6 +132,8 @@ def load_config(
 ) -> Config:
     """Reads `path`, lays `profile`, then `overrides` ("section.key=value") over it; checks all.
 
+    Overrides in the environment's SMOLLM_SET come before those given.
+
     Raises ConfigError: file, key, value, what was expected and, for an unknown key, the nearest
     known one.
     """
@@ -149,13 +153,15 @@ def load_config(
     values = merge(values, profiles[name] or {}) | {"profile": name, "reason": reason}
     if os.environ.get("FRESH") == "1":
         values["fresh"] = time.strftime("-%Y%m%d-%H%M%S")
-    for override in overrides:
+    with refused(CHANGES_VARIABLE, "write key=value, parted by spaces"):
+        values["changes"] = [*shlex.split(os.environ.get(CHANGES_VARIABLE, "")), *overrides]
+    for override in values["changes"]:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(
                 f"--set {override}", "this is not key=value", "write for example train.steps=100"
             )
-        if key.strip() in ("profile", "reason", "fresh"):
+        if key.strip() in ("profile", "reason", "fresh", "changes"):
             raise ConfigError(f"--set {override}", "this is no setting", "choose with --profile")
         change: Any = parse_yaml(text, f"--set {key}")
         for part in reversed(key.strip().split(".")):

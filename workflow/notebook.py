@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import os
 import re
+import shlex
 import signal
 import sys
 from contextlib import suppress
@@ -20,6 +21,7 @@ from typing import Any
 import nbformat
 
 from . import WorkflowError
+from .config import CHANGES_VARIABLE, PROFILE_VARIABLE
 from .files import replace_text
 from .signals import raise_on_sigterm
 
@@ -44,11 +46,12 @@ def run_cells(path: Path = STORY, parameters: dict[str, Any] | None = None) -> d
     return namespace
 
 
-def execute(path: Path = STORY) -> Path:
+def execute(path: Path = STORY, in_place: bool = False) -> Path:
     """Executes a notebook with nbclient, printing as it goes; returns the folder of the run.
 
     The last line `Run folder: …` of its output says where that is; a notebook that fails is kept in
     `runs` itself. Ctrl-C and SIGTERM are passed on to the kernel, where the run saves itself.
+    in_place: keeps the output in the notebook itself, too.
     """
     from nbclient.exceptions import CellExecutionError
 
@@ -68,6 +71,8 @@ def execute(path: Path = STORY) -> Path:
         sys.exit(f"error: {path}: {what}; see how far it came in {RUNS / 'failed.ipynb'}")
     folder = run_folder(story) or RUNS
     write(story, folder / path.stem)
+    if in_place:
+        replace_text(path, nbformat.writes(story) + "\n", "paths.runs")
     return folder
 
 
@@ -107,6 +112,7 @@ def live_client(story: nbformat.NotebookNode):
         timeout=None,
         kernel_name="python3",
         skip_cells_with_tag=SKIPPED,
+        record_timing=False,
         coalesce_streams=True,
         # else each run warns that loopback is not encrypted
         extra_arguments=["--IPKernelApp.log_level=ERROR"],
@@ -132,12 +138,18 @@ def write(story: nbformat.NotebookNode, stem: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Execute main.ipynb and keep what it shows.")
     parser.add_argument("--profile", help="full, cpu, quick or ci; by default the YAML's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=100"
+    )
+    parser.add_argument("--in-place", action="store_true", help="keep it in main.ipynb, too")
     arguments = parser.parse_args()
     if arguments.profile:
-        os.environ["SMOLLM_PROFILE"] = arguments.profile  # the kernel inherits it
+        os.environ[PROFILE_VARIABLE] = arguments.profile  # the kernel inherits it
+    if arguments.set:
+        os.environ[CHANGES_VARIABLE] = shlex.join(arguments.set)
     raise_on_sigterm()
     try:
-        folder = execute()
+        folder = execute(in_place=arguments.in_place)
     except KeyboardInterrupt as stop:
         sys.exit(getattr(stop, "exit_code", 130))
     except WorkflowError as error:

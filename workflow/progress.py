@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -64,6 +66,31 @@ def tell(
             print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
         elif "loss" in row and (line := line_of(row, settings, resumed_at)):
             print(line)
+
+
+def summary(rows: Sequence[dict[str, Any]], unigram: float) -> str:
+    """How the losses of a record went, and how far below the unigram model's they came."""
+    losses = [row["loss"] for row in rows if "loss" in row]
+    held_out = [(row["validation_loss"], row["step"]) for row in rows if "validation_loss" in row]
+    first, last = fmean(losses[:100]), fmean(losses[-100:])
+    (start, _), (best, at), (end, _) = held_out[0], min(held_out), held_out[-1]
+    return (
+        f"training loss: {losses[0]:.4f} at step 1, mean of the first 100 steps {first:.4f}, "
+        f"of the last {last:.4f}\n"
+        f"held out: {start:.4f} at first, best {best:.4f} at step {at}, {end:.4f} at the end, "
+        f"{unigram - end:.4f} below the unigram model"
+    )
+
+
+def samples(rows: Iterable[dict[str, Any]]) -> str:
+    """A Markdown table of a record's samples by step, to read one below the other."""
+    lines = ["| step | sample |", "|---:|:---|"]
+    for row in rows:
+        if "sample" in row:
+            text = "".join(filter(str.isprintable, " ".join(row["sample"].split())))
+            text = re.sub(r"([\\`*_{}\[\]<>|$#~!&^])", r"\\\1", text)
+            lines.append(f"| {row['step']} | {text} |")
+    return "\n".join(lines)
 
 
 def forecast(steps: int, settings: TrainSettings, epoch: int, parameters: int) -> None:

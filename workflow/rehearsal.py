@@ -18,7 +18,7 @@ from .training import Run
 class Rehearsal:
     """A few steps: never stopped, and stopped and resumed in fresh objects."""
 
-    first_batch: tuple[Tensor, Tensor]  # inputs and targets (B, T) of the first step
+    batches: list[tuple[Tensor, Tensor]]  # inputs and targets (B, T) of each step
     never_stopped: Trace  # the steps after the stop
     recorded: Trace  # all steps; those after the stop are resumed
 
@@ -52,9 +52,10 @@ def rehearse(config: Config, reference) -> Rehearsal:
         run.trace(1).write(told)
         run.close()
     settings, seed = config.train, config.run.seed
-    batch = batch_at(corpus.train, 0, settings.batch_size, settings.sequence_length, seed)
+    size = settings.batch_size, settings.sequence_length
+    batches = [batch_at(corpus.train, step, *size, seed) for step in range(end)]
     never_stopped = Trace.read(told.with_name("never_stopped.json"))
-    rehearsal = Rehearsal(batch, never_stopped, Trace.read(told))
+    rehearsal = Rehearsal(batches, never_stopped, Trace.read(told))
     if rehearsal.exact:
         shutil.rmtree(config.paths.checkpoints / name, ignore_errors=True)
     return rehearsal

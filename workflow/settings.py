@@ -127,6 +127,14 @@ class SampleSettings(Section):
     temperature: NonNegativeFloat  # 0 is greedy
 
 
+class EvaluationSettings(Section):
+    """What the notebook scores before and after training, beside the held-out part."""
+
+    texts: tuple[Path, ...]  # files
+    tokens: Annotated[int, Field(ge=2)]  # of each, from its start
+    window: Annotated[int, Field(ge=2)] | None  # tokens; null: train.sequence_length
+
+
 class RunSettings(Section):
     name: str  # auto: <profile>-<8 hex digits of what determines the run>
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -152,10 +160,12 @@ class Config(Section):
     train: TrainSettings
     rehearsal: RehearsalSettings
     sample: SampleSettings
+    evaluation: EvaluationSettings
     run: RunSettings
     paths: Paths
     reason: str = Field(default="", exclude=True)  # why this profile
     fresh: str = Field(default="", exclude=True)  # with FRESH=1, the end of the run's name
+    changes: tuple[str, ...] = Field(default=(), exclude=True)  # the overrides in force
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -220,6 +230,7 @@ class Config(Section):
             "proof": True,
             "breaking": True,
             "rehearsal": True,
+            "evaluation": True,
             "run": {"name"},
             "train": {"model", "print_every", "keep_checkpoints"},
         }
@@ -260,8 +271,9 @@ class Config(Section):
         row = self.train
         start = "the reference's weights" if row.init == "reference" else "random weights"
         size = f"{row.batch_size} × {row.sequence_length}"
+        changes = f"; changed: {', '.join(self.changes)}" if self.changes else ""
         return (
-            f"Profile {self.profile}: {self.reason}\n"
+            f"Profile {self.profile}: {self.reason}{changes}\n"
             f"Model {self.model}; {row.steps} + {row.resume_steps} steps of {size} tokens train "
             f"{self.trained_row} from {start} on {self.device}"
         )
