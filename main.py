@@ -1,10 +1,4 @@
-"""The story of main.ipynb as commands.
-
-`python main.py COMMAND --help` explains one. Exit codes: 0 good, 1 a proof
-that fails, 2 bad input or configuration, 3 a damaged or foreign checkpoint,
-4 numbers that are not finite, 5 weights or data cannot be had, 6 the disk,
-7 a folder in use, 130 interrupted, 143 terminated.
-"""
+"""The story of main.ipynb as commands; `python main.py COMMAND --help` explains one."""
 
 from __future__ import annotations
 
@@ -22,7 +16,7 @@ from workflow.signals import raise_on_sigterm
 
 
 def story(arguments: argparse.Namespace) -> int:
-    """The whole story of main.ipynb, without Jupyter."""
+    """Tell the whole story of main.ipynb, without Jupyter."""
     from workflow.notebook import run_cells
 
     run_cells(parameters={"PROFILE": arguments.profile, "OVERRIDES": arguments.set})
@@ -30,7 +24,7 @@ def story(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Prove that the copy is the original, rung by rung; exit 1 if one fails."""
+    """Prove that the copy is the original, rung by rung."""
     from workflow import ladder, proof
     from workflow.documents import read_text
 
@@ -45,7 +39,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def break_it(arguments: argparse.Namespace) -> int:
-    """Make the usual mistakes on purpose, and tell what each does."""
+    """Make the usual mistakes on purpose, and show what each does."""
     from workflow import breaking
     from workflow.proof import copy_reference
 
@@ -56,7 +50,7 @@ def break_it(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Train up to train.steps, or go on where the run stands."""
+    """Train up to step train.steps, or go on from where the run stands."""
     reference, config = open_reference(arguments)
     from workflow.training import Run
 
@@ -64,7 +58,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def resume(arguments: argparse.Namespace) -> int:
-    """Resume CHECKPOINT in fresh objects, up to train.steps + train.resume_steps."""
+    """Resume CHECKPOINT, up to step train.steps + train.resume_steps."""
     config = configure(arguments)
     from workflow.training import Run
 
@@ -72,7 +66,7 @@ def resume(arguments: argparse.Namespace) -> int:
 
 
 def generate(arguments: argparse.Namespace) -> int:
-    """Continue PROMPT, token by token, with the reference's weights or a checkpoint's."""
+    """Continue PROMPT, token by token."""
     import torch
 
     from workflow.generation import Decoder, prompt_ids, sampling, text_pieces
@@ -91,7 +85,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Write the model of CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked."""
+    """Write CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked."""
     from workflow.export import export as write
 
     model, tokenizer, provenance, _ = open_model(arguments)
@@ -101,7 +95,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Loss and perplexity on a text, with the reference's weights or a checkpoint's."""
+    """Measure loss and perplexity of CHECKPOINT on a text."""
     from workflow.documents import read_text
     from workflow.evaluation import evaluate as score
 
@@ -119,7 +113,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure training and generation against transformers, call by call in turn."""
+    """Measure training and generation against transformers."""
     from workflow.bench import report
 
     print(report(configure(arguments), arguments.rounds, arguments.only))
@@ -150,22 +144,24 @@ def open_model(arguments: argparse.Namespace):
             reference, config = open_reference(arguments)
             return *origin.foreign_model(error, reference), config
     reference, config = open_reference(arguments)
-    return (
-        proof.copy_reference(reference),
-        reference.tokenizer,
-        asdict(reference.provenance),
-        config,
-    )
+    model = proof.copy_reference(reference)
+    return model, reference.tokenizer, asdict(reference.provenance), config
 
 
 def run_until(run, target: int) -> int:
-    """The loop of the notebook, then a checkpoint."""
+    """The loop of the notebook, with a sample at step 0 and at the last, then a checkpoint."""
+    if run.step == 0:
+        show_sample(run)
     for step in run.until(target):
-        if step % run.config.sample.every == 0:
-            print(f"=== Generation @ step {step} ===\n{run.sample(run.config.sample.prompt)}")
+        if step % run.config.sample.every == 0 or step == target:
+            show_sample(run)
     run.hand_over()
     processes.end()
     return 0
+
+
+def show_sample(run) -> None:
+    print(f"=== Generation @ step {run.step} ===\n{run.sample(run.config.sample.prompt)}")
 
 
 COMMANDS = {

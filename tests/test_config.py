@@ -83,6 +83,7 @@ def test_overrides_come_from_the_environment_then_from_the_argument_and_are_told
             "train.decay_steps=6000",
             "decay_steps 6000 exceeds schedule_steps 5050 less",
         ),
+        ("train.batch_size=999999999", "is 31999999968 tokens, over 16777216"),
         ("rehearsal.save_at=10", "rehearsal.save_at 10 is not below steps 10"),
         ("nonsense", "--set nonsense: this is not key=value"),
     ],

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .settings import TrainSettings
 
-ESTIMATED_AFTER = 20  # steps
+WARM_AFTER, ESTIMATED_AFTER = 10, 20  # steps; the first ones are slow
 
 
 class Progress:
@@ -20,7 +20,7 @@ class Progress:
 
     def __init__(self, settings: TrainSettings, resumed_at: int | None, step: int, target: int):
         self.settings, self.resumed_at, self.target = settings, resumed_at, target
-        self.estimated_at = step + ESTIMATED_AFTER
+        self.started, self.warm = step, 0.0  # seconds until WARM_AFTER
         start = resumed_at or 0
         title = ("Resume " if resumed_at else "") + "Training"
         counts = {"total": target - start, "initial": step - start}
@@ -29,9 +29,12 @@ class Progress:
     def show(self, row: dict[str, Any]) -> None:
         """Moves the bar; prints the row's line and, once, how long the rest will take."""
         self.bar.update()
-        if row["step"] == self.estimated_at:
-            elapsed = self.bar.format_dict["elapsed"]
-            left = elapsed / ESTIMATED_AFTER * (self.target - row["step"])
+        done, elapsed = row["step"] - self.started, self.bar.format_dict["elapsed"]
+        if done == WARM_AFTER:
+            self.warm = elapsed
+        if done == ESTIMATED_AFTER:
+            pace = (elapsed - self.warm) / (ESTIMATED_AFTER - WARM_AFTER)
+            left = pace * (self.target - row["step"])
             tqdm.write(f"About {tqdm.format_interval(left)} to go", file=sys.stdout)
         if line := line_of(row, self.settings, self.resumed_at):
             tqdm.write(line, file=sys.stdout)

@@ -23,6 +23,7 @@ from SmolLm3 import ModelConfig
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 ModelConfig.__pydantic_config__ = STRICT  # pydantic fills the model's own dataclass, as strictly
 
+MOST_TOKENS = 2**24  # an update; above, a mistake would fill the memory before anything is said
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Word = Annotated[str, Field(min_length=1)]
@@ -184,6 +185,8 @@ class Config(Section):
         longest = max(train.sequence_length, few.sequence_length)
         if longest > context:
             raise ValueError(f"sequence_length {longest} exceeds max_position_embeddings {context}")
+        if (tokens := train.batch_size * train.sequence_length) > MOST_TOKENS:
+            raise ValueError(f"batch_size × sequence_length is {tokens} tokens, over {MOST_TOKENS}")
         if train.validation_tokens < train.sequence_length:
             words = f"sequence_length {train.sequence_length}"
             raise ValueError(f"validation_tokens {train.validation_tokens} is below {words}")
