@@ -30,7 +30,7 @@ test: setup lint
 test-all: test llama-cpp
 	@$(BIN)/python -m pytest -m slow
 
-# a thousand kills, ten thousand flipped bits, hostile files, fuzz: half an hour
+# a thousand kills, ten thousand flipped bits, hostile files, fuzz: a quarter of an hour
 torture: setup
 	@$(BIN)/python tests/torture.py
 

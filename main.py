@@ -1,4 +1,4 @@
-"""The story of main.ipynb as commands; `python main.py COMMAND --help` explains one."""
+"""The story of main.ipynb as commands; `main.py COMMAND --help` explains one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def break_it(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Train up to step train.steps, or go on from where the run stands."""
+    """Train up to step train.steps, or go on where the run stands."""
     reference, config = open_reference(arguments)
     from workflow.training import Run
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import main
+from workflow.arguments import parser
 from workflow.ladder import BOUNDS
 from workflow.origin import load_model
 
@@ -26,34 +29,50 @@ def checkpoints(story) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in story.glob("checkpoints/*/*.pt")}
 
 
-def test_help_names_every_command(command):
-    result = command("--help")
+def sampled(result: subprocess.CompletedProcess) -> list[str]:
+    """The steps at which it has shown a text."""
+    return re.findall(r"^=== Generation @ step (\d+) ===$", result.stdout, re.MULTILINE)
+
+
+def test_help_names_every_command_and_exit_code(command):
+    result = command("--help", COLUMNS="80")
     assert result.returncode == 0
-    for name in (
-        "run",
-        "verify",
-        "break",
-        "train",
-        "resume",
-        "generate",
-        "evaluate",
-        "export",
-        "bench",
-    ):
-        assert re.search(rf"^    {name} +\w", result.stdout, re.MULTILINE)
-    assert max(map(len, result.stdout.splitlines())) <= 80
+    for name in (*main.COMMANDS, *range(8), 130, 143):
+        assert re.search(rf"^ +{name} +\w", result.stdout, re.MULTILINE)
+    lines = result.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(main.COMMANDS[name].__doc__ in result.stdout for name in main.COMMANDS)  # no wraps
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_help_fits_a_terminal_and_tells_every_default(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main.main([name, "--help"])
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 80
+    usage, *options = re.split(r"^  (?=-)", told.partition("\nexamples:")[0], flags=re.MULTILINE)
+    for option in options:
+        valued = re.match(r"--[\w-]+ [A-Z]", option) and f" {option.split()[0]} " not in usage
+        assert "(default" in option or not valued
+    examples = re.findall(r"^  python main\.py (.+)$", told, re.MULTILINE)
+    assert examples
+    for example in examples:
+        assert parser(main.__doc__, main.COMMANDS).parse_args(shlex.split(example)).command == name
 
 
 def test_train_then_resume_then_both_again(command, story):
     trained = command("train", *options(*SHORT))
     assert trained.returncode == 0, trained.stderr
     assert "Step: 20, Train Loss: " in trained.stdout
+    assert sampled(trained) == ["0", "10", "20"]
     assert "=== Generation @ step 20 ===\nOnce upon a time," in trained.stdout
     (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
     resumed = command("resume", str(path), *options(*SHORT))
     assert resumed.returncode == 0, resumed.stderr
     assert "Loaded checkpoint_20.pt" in resumed.stdout
     assert "Step: 5, Resume Loss: " in resumed.stdout
+    assert sampled(resumed) == ["25"]
     kept = checkpoints(story)
     assert set(kept) == {"checkpoint_20.pt", "checkpoint_25.pt"}
     for again in (
@@ -62,6 +81,7 @@ def test_train_then_resume_then_both_again(command, story):
     ):
         assert again.returncode == 0, again.stderr
         assert "already at step 25" in again.stdout
+        assert sampled(again) in (["10", "20"], ["25"])
     assert checkpoints(story) == kept
     edited = command("train", *options(*SHORT, "train.learning_rate=1e-4"))
     assert edited.returncode == 0

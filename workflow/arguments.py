@@ -45,7 +45,8 @@ DETAILS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "train": (
         "Ctrl-C or SIGTERM finishes the update at hand and writes a checkpoint. The same command "
-        "goes on from the newest whole checkpoint, also after a kill.",
+        "goes on from the newest whole checkpoint, also after a kill. torchrun shares the batch "
+        "out over several GPUs; README.md has the lines.",
         ("train --profile cpu", "train --profile cpu --set data.source=my.txt"),
     ),
     "resume": (
@@ -64,8 +65,8 @@ DETAILS: dict[str, tuple[str, tuple[str, ...]]] = {
         "The result comes with its protocol: the size of the windows, and how far apart they "
         "start.",
         (
-            "evaluate reference --data input.txt",
-            "evaluate checkpoints/RUN/checkpoint_5050.pt --data my.txt --stride 512",
+            "evaluate reference --data input.txt --stride 512",
+            "evaluate checkpoints/RUN/checkpoint_5050.pt --data my.txt",
         ),
     ),
     "export": (
@@ -85,9 +86,8 @@ def parser(description: str, commands: Mapping[str, Callable]) -> argparse.Argum
     layout = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     filled = textwrap.fill(description, COLUMNS)
     whole = argparse.ArgumentParser(description=filled, epilog=EXIT_CODES, **layout)
-    parts = whole.add_subparsers(
-        required=True, title="commands", metavar="COMMAND", dest="command", prog=whole.prog
-    )
+    names = {"title": "commands", "metavar": "COMMAND", "dest": "command"}
+    parts = whole.add_subparsers(required=True, **names)
     common = common_options()
     for name, function in commands.items():
         summary = function.__doc__.splitlines()[0]
