@@ -110,7 +110,7 @@ def comparison(
         digits = (f"{figure:.4f}" if figure < 1e5 else f"{figure:.3g}" for figure in figures)
         rows.append((told, name, result.tokens, *digits))
     head = ("text", "model", "tokens", "loss", "perplexity", "of a word", "bits a byte")
-    lines = ["{:<24}{:<8}{:>7}{:>10}{:>12}{:>12}{:>13}".format(*row) for row in (head, *rows)]
+    lines = ["{:<28}{:<8}{:>7}{:>10}{:>12}{:>12}{:>13}".format(*row) for row in (head, *rows)]
     return found, "\n".join([*lines, f"({result.protocol})"])
 
 

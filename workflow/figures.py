@@ -16,6 +16,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 Rows = Sequence[Mapping[str, Any]]
+plt.rcParams["figure.dpi"] = 85  # 850 pixels wide, which pages show as they are
 
 
 def column(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
