@@ -52,6 +52,7 @@ def test_help_fits_a_terminal_and_tells_every_default(name, monkeypatch, capsys)
     told = capsys.readouterr().out
     assert max(map(len, told.splitlines())) <= 80
     usage, *options = re.split(r"^  (?=-)", told.partition("\nexamples:")[0], flags=re.MULTILINE)
+    usage = " ".join(usage.split())  # which is broken where the program's name is long
     for option in options:
         valued = re.match(r"--[\w-]+ [A-Z]", option) and f" {option.split()[0]} " not in usage
         assert "(default" in option or not valued

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,10 +89,11 @@ def lens(model: LlamaModel, ids: Tensor) -> Tensor:
     return torch.cat([model.lm_head(model.norm(x)) for x in stream(model, ids)])
 
 
-def reading(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list[list[str]], Tensor]:
+def reading(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list[list[str]], np.ndarray]:
     """The likeliest token of each place of the lens, as text, and its share, (layers + 1, T)."""
     shares, tokens = lens(model, ids).float().softmax(dim=-1).max(dim=-1)
-    return [[tokenizer.decode([token]) for token in row] for row in tokens.tolist()], shares
+    words = [[tokenizer.decode([token]) for token in row] for row in tokens.tolist()]
+    return words, shares.numpy()
 
 
 @torch.no_grad()
