@@ -137,7 +137,7 @@ def write(story: nbformat.NotebookNode, stem: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Execute main.ipynb and keep what it shows.")
-    parser.add_argument("--profile", help="full, cpu, quick or ci; by default the YAML's")
+    parser.add_argument("--profile", help="full, pretrain, cpu, quick or ci")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=100"
     )
