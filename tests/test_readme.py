@@ -49,9 +49,10 @@ def test_each_line_is_run_or_left_out_for_a_reason():
     assert {line.split()[2] for line in RUN} == set(SHOWN)
 
 
-def understood(words: list[str]) -> None:
+def understood(words: list[str]) -> bool:
     options = parser(main.__doc__, main.COMMANDS).parse_args(words)
-    load_config(ROOT / "SmolLm3_Config.yaml", options.profile, options.set)
+    config = load_config(ROOT / "SmolLm3_Config.yaml", options.profile, options.set)
+    return config.changes == tuple(options.set)
 
 
 @pytest.mark.parametrize("line", sorted({code for code in CODE if "main.py " in code}))
@@ -60,7 +61,7 @@ def test_every_command_and_key_is_known(line, monkeypatch):
     words = shlex.split(re.sub(" > .*", "", line.replace("=NAME", "=small").replace("RANK", "0")))
     if "torchrun" in words[0]:
         words = ["main.py", *get_args_parser().parse_args(words[1:]).training_script_args]
-    understood(words[words.index("main.py") + 1 :])
+    assert understood(words[words.index("main.py") + 1 :])
 
 
 def test_every_setting_in_the_text_is_known():
@@ -68,7 +69,7 @@ def test_every_setting_in_the_text_is_known():
     settings |= {word for words in re.findall('SMOLLM_SET="(.+?)"', BOTH) for word in words.split()}
     assert len(settings) > 10
     for setting in settings:
-        understood(["train", "--profile", "cpu", "--set", setting])
+        assert understood(["train", "--profile", "cpu", "--set", setting])
 
 
 @pytest.fixture(scope="module")

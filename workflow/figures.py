@@ -65,10 +65,7 @@ def training_curves(
         whole.axhline(value, color="k", linewidth=1, linestyle=style, label=f"{name}: {value:.2f}")
     whole.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
     whole.set_title(title)
-    rate.plot(*column(rows, "learning_rate"), color="k", linewidth=1.2)
-    rate.set_ylabel("learning rate")
-    norm.semilogy(*column(rows, "gradient_norm"), color="0.4", linewidth=0.6)
-    norm.set_ylabel("gradient norm\nbefore clipping")
+    rate_and_norm(rate, norm, rows)
 
     losses_by_step(end, rows, resumed_at, 1)
     around_the_stop(end, rows, resumed_at)
@@ -80,6 +77,13 @@ def training_curves(
         each.axvline(resumed_at, color="0.4", linewidth=0.8, linestyle=":")
     plt.close(figure)
     return figure
+
+
+def rate_and_norm(rate: Axes, norm: Axes, rows: Rows) -> None:
+    rate.plot(*column(rows, "learning_rate"), color="k", linewidth=1.2)
+    rate.set_ylabel("learning rate")
+    norm.semilogy(*column(rows, "gradient_norm"), color="0.4", linewidth=0.6)
+    norm.set_ylabel("gradient norm\nbefore clipping")
 
 
 def losses_by_step(axes: Axes, rows: Rows, resumed_at: int, width: int) -> None:
