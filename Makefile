@@ -10,7 +10,7 @@ LLAMA_CPP := 3.22.1
 
 .PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab notebook-run notebook-strip
 run: setup
-	@$(BIN)/python -m workflow.notebook $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m workflow.tools.notebook $(if $(PROFILE),--profile $(PROFILE))
 
 setup: $(INSTALLED)
 $(INSTALLED): requirements.txt
@@ -53,7 +53,7 @@ bench: setup
 
 # main.ipynb with its output, as it is committed, and without; a test holds the output to the code above it
 notebook-run: setup
-	@$(BIN)/python -m workflow.notebook --in-place $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python -m workflow.tools.notebook --in-place $(if $(PROFILE),--profile $(PROFILE))
 notebook-strip: setup
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --clear-output --inplace main.ipynb
 

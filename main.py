@@ -8,16 +8,17 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
 
-from workflow import WorkflowError, processes, refused
 from workflow.arguments import REFERENCE, SAMPLING, parser
-from workflow.config import load_config
-from workflow.settings import Config
-from workflow.signals import raise_on_sigterm
+from workflow.config.load import load_config
+from workflow.config.settings import Config
+from workflow.errors import WorkflowError, one_line_errors
+from workflow.training import processes
+from workflow.training.signals import raise_on_sigterm
 
 
 def story(arguments: argparse.Namespace) -> int:
     """Tell the whole story of main.ipynb, without Jupyter."""
-    from workflow.notebook import run_cells
+    from workflow.tools.notebook import run_cells
 
     run_cells(parameters={"PROFILE": arguments.profile, "OVERRIDES": arguments.set})
     return 0
@@ -25,8 +26,9 @@ def story(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     """Prove that the copy is the original, rung by rung."""
-    from workflow import ladder, proof
-    from workflow.documents import read_text
+    from workflow.data.documents import read_text
+    from workflow.proof import bounds as ladder
+    from workflow.proof import checks as proof
 
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         reference, config = open_reference(arguments)
@@ -40,8 +42,8 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def break_it(arguments: argparse.Namespace) -> int:
     """Make the usual mistakes on purpose, and show what each does."""
-    from workflow import breaking
-    from workflow.proof import copy_reference
+    from workflow.proof import mutations as breaking
+    from workflow.proof.checks import copy_reference
 
     reference, config = open_reference(arguments)
     broken, curves = breaking.study(copy_reference(reference), reference, config)
@@ -52,7 +54,7 @@ def break_it(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     """Train up to step train.steps, or go on where the run stands."""
     reference, config = open_reference(arguments)
-    from workflow.training import Run
+    from workflow.training.run import Run
 
     return run_until(Run(config, reference), config.train.steps)
 
@@ -60,7 +62,7 @@ def train(arguments: argparse.Namespace) -> int:
 def resume(arguments: argparse.Namespace) -> int:
     """Resume CHECKPOINT, up to step train.steps + train.resume_steps."""
     config = configure(arguments)
-    from workflow.training import Run
+    from workflow.training.run import Run
 
     return run_until(Run.resume(arguments.checkpoint, config, arguments.allow), config.last_step)
 
@@ -69,12 +71,12 @@ def generate(arguments: argparse.Namespace) -> int:
     """Continue PROMPT, token by token."""
     import torch
 
-    from workflow.generation import Decoder, prompt_ids, sampling, text_pieces
+    from workflow.analysis.generation import Decoder, prompt_ids, sampling, text_pieces
 
     model, tokenizer, _, config = open_model(arguments)
     options = sampling(**{name: getattr(arguments, name) for name in SAMPLING})
     options["generator"] = torch.Generator().manual_seed(config.run.seed)
-    with refused("generate", "change the prompt or the options"):
+    with one_line_errors("generate", "change the prompt or the options"):
         ids = prompt_ids(tokenizer, arguments.prompt, arguments.chat)
         decoder = Decoder(model, torch.bfloat16 if arguments.bf16 else torch.float32)
         print("" if arguments.chat else arguments.prompt, end="", flush=True)
@@ -86,7 +88,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     """Write CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked."""
-    from workflow.export import export as write
+    from workflow.reference.export import export as write
 
     model, tokenizer, provenance, _ = open_model(arguments)
     folder = write(model, tokenizer, arguments.folder, provenance, arguments.gguf)
@@ -96,15 +98,15 @@ def export(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Measure loss and perplexity of CHECKPOINT on a text."""
-    from workflow.documents import read_text
-    from workflow.evaluation import evaluate as score
+    from workflow.analysis.evaluation import evaluate as score
+    from workflow.data.documents import read_text
 
     model, tokenizer, _, _ = open_model(arguments)
     text, digest = read_text(arguments.data)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     if arguments.windows:
         text = tokenizer.decode(tokens := tokens[: arguments.windows * arguments.window])
-    with refused("evaluate", "change --window, --stride or the text"):
+    with one_line_errors("evaluate", "change --window, --stride or the text"):
         if arguments.window > (context := model.config.max_position_embeddings):
             raise ValueError(f"window {arguments.window} exceeds the model's context of {context}")
         result = score(model, tokens, arguments.window, arguments.stride, text)
@@ -114,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Measure training and generation against transformers."""
-    from workflow.bench import report
+    from workflow.tools.bench import report
 
     print(report(configure(arguments), arguments.rounds, arguments.only))
     return 0
@@ -128,14 +130,15 @@ def configure(arguments: argparse.Namespace) -> Config:
 
 def open_reference(arguments: argparse.Namespace):
     config = configure(arguments)  # a mistake in it is told before the slow import
-    from workflow.reference import load_reference
+    from workflow.reference.load import load_reference
 
     return load_reference(config.reference.source, config.member, cache=config.paths.cache), config
 
 
 def open_model(arguments: argparse.Namespace):
     """A model, its tokenizer (transformers'), what it is, and the settings."""
-    from workflow import origin, proof
+    from workflow.proof import checks as proof
+    from workflow.training import origin
 
     if str(arguments.checkpoint) != REFERENCE:
         try:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-from workflow.config import load_config  # noqa: E402
-from workflow.reference import load_reference  # noqa: E402
+from workflow.config.load import load_config  # noqa: E402
+from workflow.reference.load import load_reference  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
 torch.set_num_threads(1)

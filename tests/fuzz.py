@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from SmolLm3 import LlamaModel
-from workflow import WorkflowError
-from workflow.config import load_config
-from workflow.data import load_corpus
-from workflow.generation import Decoder, prompt_ids, text_pieces
-from workflow.proof import copy_reference
-from workflow.sources import Source
+from workflow.analysis.generation import Decoder, prompt_ids, text_pieces
+from workflow.config.load import load_config
+from workflow.data.corpus import load_corpus
+from workflow.data.sources import Source
+from workflow.errors import WorkflowError
+from workflow.proof.checks import copy_reference
 
 YAML = ROOT / "SmolLm3_Config.yaml"
 SECONDS = 20  # that one case may take; a hang is an error

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT, STORY
-from workflow import checkpoint
+from workflow.training import checkpoint
 
 SHORT = ("train.steps=20", "train.resume_steps=5", "train.checkpoint_every=10", "sample.every=10")
 

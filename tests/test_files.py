@@ -7,15 +7,8 @@ import sys
 import pytest
 
 from conftest import ROOT
-from workflow.files import (
-    BusyError,
-    DiskError,
-    check_room,
-    lock,
-    remove_unfinished,
-    replace_text,
-    written_whole,
-)
+from workflow.errors import BusyError, DiskError
+from workflow.files import check_room, lock, remove_unfinished, replace_text, written_whole
 
 
 def names(folder) -> list[str]:

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import main
 from workflow.arguments import parser
-from workflow.ladder import BOUNDS
-from workflow.origin import load_model
+from workflow.proof.bounds import BOUNDS
+from workflow.training.origin import load_model
 
 SHORT = ("train.steps=20", "train.resume_steps=5", "train.print_every=10", "sample.every=10")
 

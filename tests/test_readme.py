@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 import main
 from conftest import ROOT
 from workflow.arguments import parser
-from workflow.config import load_config, parse_yaml
+from workflow.config.load import load_config, parse_yaml
 
 README = (ROOT / "README.md").read_text("utf-8")
 BOTH = README + (ROOT / "CONTRIBUTING.md").read_text("utf-8")

@@ -9,8 +9,9 @@ from conftest import ROOT
 
 SOURCES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for folder in ("", "workflow", "tests")
-    for path in sorted((ROOT / folder).glob("*.py"))
+    for path in sorted(
+        [*ROOT.glob("*.py"), *ROOT.glob("workflow/**/*.py"), *ROOT.glob("tests/**/*.py")]
+    )
 }
 CELLS = [
     cell.source

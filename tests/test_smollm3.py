@@ -6,8 +6,8 @@ from transformers import LlamaForCausalLM
 
 import SmolLm3
 from SmolLm3 import KVCache, LlamaModel, ModelConfig, hf_state_dict, load_hf_weights
-from workflow import weights_sha256
-from workflow.reference import hf_config
+from workflow.files import weights_sha256
+from workflow.reference.load import hf_config
 
 SHAPE = {
     "vocab_size": 97,

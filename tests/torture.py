@@ -35,11 +35,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import conftest
 import fuzz
-from workflow import checkpoint, sha256_of
-from workflow.archive import CheckpointError
-from workflow.config import load_config
-from workflow.reference import load_reference
-from workflow.training import Run
+from workflow.config.load import load_config
+from workflow.errors import CheckpointError
+from workflow.files import sha256_of
+from workflow.reference.load import load_reference
+from workflow.training import checkpoint
+from workflow.training.run import Run
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
 LAST = 14

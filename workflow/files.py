@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
-from . import WorkflowError
+from workflow.errors import BusyError, DiskError
 
 UNFINISHED = "*.tmp.*"  # NAME.tmp.PID, until it is whole
 DAY = 86_400.0  # seconds
-
-
-class DiskError(WorkflowError):
-    """There is not enough room, or no permission."""
-
-    exit_code = 6
-
-
-class BusyError(WorkflowError):
-    """Another process works in this folder."""
-
-    exit_code = 7
 
 
 @contextmanager
@@ -122,3 +113,21 @@ def lock(folder: Path, setting: str) -> BaseFileLock:
     except OSError as error:
         raise disk_error(folder, setting, error) from error
     return held
+
+
+def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
+    """One hash over names with values; of a tensor, over its dtype, shape and every byte."""
+    digest = hashlib.sha256()
+    for name, value in values:
+        if isinstance(value, torch.Tensor):
+            tensor = value.detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        else:
+            digest.update(f"{name} {value!r}".encode())
+    return digest.hexdigest()
+
+
+def weights_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The identity of a set of weights, whatever their order."""
+    return sha256_of(sorted(tensors.items()))

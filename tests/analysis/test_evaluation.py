@@ -1,0 +1,138 @@
+"""Loss and perplexity against their definitions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from SmolLm3 import LlamaModel
+from workflow.analysis import evaluation
+from workflow.analysis.evaluation import Evaluation, comparison, evaluate, unigram_loss
+from workflow.proof.checks import copy_reference
+from workflow.training.origin import untrained
+from workflow.training.run import Run
+
+
+@pytest.fixture
+def model(config) -> LlamaModel:
+    torch.manual_seed(0)
+    return LlamaModel(config.trained)
+
+
+def token_losses(model, ids: list[int]) -> list[float]:
+    """The loss of each token after the first, given all before it in `ids`."""
+    with torch.no_grad():
+        logs = torch.log_softmax(model(torch.tensor([ids[:-1]])), dim=-1)[0]
+    return [-logs[place, token].item() for place, token in enumerate(ids[1:])]
+
+
+def test_windows_without_overlap_score_all_but_their_first_token(model):
+    ids = list(np.random.default_rng(0).integers(257, size=50))
+    expected = token_losses(model, ids[:20]) + token_losses(model, ids[20:40])
+    expected += token_losses(model, ids[40:])
+    result = evaluate(model, np.array(ids), window=20)
+    assert result.tokens == 47
+    assert result.loss == pytest.approx(np.mean(expected), rel=1e-5)
+    assert result.perplexity == pytest.approx(np.exp(np.mean(expected)), rel=1e-5)
+
+
+def test_overlapping_windows_score_each_token_once_with_the_most_context(model):
+    ids = list(np.random.default_rng(1).integers(257, size=47))
+    expected = token_losses(model, ids[:20])
+    expected += token_losses(model, ids[8:28])[-8:]
+    expected += token_losses(model, ids[16:36])[-8:]
+    expected += token_losses(model, ids[24:44])[-8:]
+    expected += token_losses(model, ids[32:47])[-3:]
+    result = evaluate(model, np.array(ids), window=20, stride=8)
+    assert result.tokens == 46
+    assert result.loss == pytest.approx(np.mean(expected), rel=1e-5)
+    assert "windows of 20 tokens every 8" in str(result)
+
+
+def test_transformers_model_gives_the_same_figure(reference):
+    tokens = np.random.default_rng(2).integers(257, size=3000)
+    ours = evaluate(copy_reference(reference), tokens, window=128, stride=48)
+    theirs = evaluate(reference.model, tokens, window=128, stride=48)
+    assert ours.tokens == theirs.tokens == 2999
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
+
+
+def test_batches_and_parts_of_the_logits_change_nothing(model, monkeypatch):
+    tokens = np.random.default_rng(3).integers(257, size=1000)
+    figures = []
+    for at_once, rows in ((1, 10**6), (300, 7), (10**6, 64)):
+        monkeypatch.setattr(evaluation, "TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr(evaluation, "LOGITS_AT_ONCE", rows)
+        figures.append(evaluate(model, tokens, window=50, stride=20).loss)
+    assert figures == [pytest.approx(figures[0], rel=1e-6)] * 3
+
+
+def test_figures_by_word_and_byte_follow_their_definitions(model):
+    text = "some words of é text, " * 9
+    tokens = np.frombuffer(text.encode(), dtype=np.uint8)
+    result = evaluate(model, tokens, window=64, stride=64, text=text)
+    assert result.bits_per_byte == pytest.approx(result.loss / np.log(2), rel=1e-9)
+    words_a_token = 45 / len(tokens)
+    assert result.word_perplexity == pytest.approx(np.exp(result.loss / words_a_token), rel=1e-9)
+
+
+@pytest.mark.parametrize(("total", "window", "stride"), [(47, 20, 8), (40, 20, 20), (5, 9, 3)])
+def test_windows_score_every_token_that_has_context_once(total, window, stride):
+    seen = []
+    for start, length, fresh in evaluation.windows(total, window, stride):
+        assert length <= window and start + length <= total
+        seen += range(start + length - fresh, start + length)
+    unscored = range(0, total, window) if stride == window else [0]
+    assert seen == [place for place in range(total) if place not in unscored]
+
+
+def test_what_cannot_be_scored_is_refused(model):
+    with pytest.raises(ValueError, match="1 tokens are too few"):
+        evaluate(model, np.array([3]), window=20)
+    with pytest.raises(ValueError, match="stride 21 must lie between 1 and window 20"):
+        evaluate(model, np.arange(50), window=20, stride=21)
+
+
+def test_the_unigram_model_is_counts_and_nothing_else():
+    train, held_out = np.array([0, 0, 0, 1]), np.array([0, 1, 2])
+    shares = np.array([3.05, 1.05, 0.05]) / 4.15
+    assert unigram_loss(train, held_out, 3) == pytest.approx(-np.log(shares).mean())
+
+
+def test_a_comparison_has_a_row_for_each_model_on_each_text_with_its_protocol(model, reference):
+    ids = reference.tokenizer("some words of a text " * 9, add_special_tokens=False).input_ids
+    texts = {"one": ids, "two": ids[:50]}
+    models = {"before": model, "after": copy_reference(reference)}
+    found, table = comparison(models, texts, reference.tokenizer, 16)
+    assert found["two", "after"] == evaluate(
+        models["after"], ids[:50], 16, text=reference.tokenizer.decode(ids[:50])
+    )
+    head, *rows, protocol = table.splitlines()
+    assert [row.split()[:2] for row in rows] == [
+        ["one", "before"],
+        ["one", "after"],
+        ["two", "before"],
+        ["two", "after"],
+    ]
+    assert f"{found['one', 'after'].bits_per_byte:.4f}" == rows[1].split()[-1]
+    assert head.split()[:5] == ["text", "model", "tokens", "loss", "perplexity"]
+    assert protocol == "(windows of 16 tokens every 16)"
+
+
+@pytest.mark.parametrize("init", ["scratch", "reference"])
+def test_an_untrained_model_is_that_of_the_first_step(config, reference, init):
+    train = config.train.model_copy(update={"init": init})
+    config = config.model_copy(update={"train": train})
+    state = torch.get_rng_state()
+    model = untrained(config, reference)
+    assert torch.equal(state, torch.get_rng_state())
+    run = Run(config, reference)
+    assert all(map(torch.equal, model.parameters(), run.model.parameters()))
+    run.close()
+
+
+def test_a_text_of_endless_words_or_none_has_figures_all_the_same():
+    endless = Evaluation(5.0, 10, "windows", words=1e-6, bytes=1.0)
+    assert endless.word_perplexity == math.inf and "inf" in str(endless)
+    assert math.isnan(Evaluation(5.0, 10, "windows").word_perplexity)

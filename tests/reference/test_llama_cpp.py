@@ -1,0 +1,71 @@
+"""llama.cpp runs what was exported, and says the same; `make llama-cpp` fetches it, through npm."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from conftest import ROOT
+from workflow.proof.checks import PROMPTS, copy_reference, encode
+from workflow.proof.external import facts_of, hard_strings
+from workflow.reference.export import export
+
+NODE = ROOT / ".cache" / "node"
+NEW_TOKENS = 32
+NEAR = 0.05  # llama.cpp's cache has 16 bits: closer than this, either of two tokens may win
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed"),
+    pytest.mark.skipif(
+        not (NODE / ".installed").is_file(), reason="node-llama-cpp is missing: make llama-cpp"
+    ),
+]
+
+
+def ask(model, **request) -> dict:
+    result = subprocess.run(
+        ["node", str(ROOT / "tests" / "llama_cpp.mjs"), str(model)],
+        cwd=NODE,
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def test_llama_cpp_continues_the_exported_file_as_we_do(smollm2, tmp_path):
+    model, strings = copy_reference(smollm2), hard_strings(smollm2)
+    export(model, smollm2.tokenizer, tmp_path / "out", gguf="F32")
+    prompts = [encode(smollm2, text) for _, text in PROMPTS[:5]]
+    answer = ask(
+        tmp_path / "out" / "out-F32.gguf",
+        texts=[text for text, _ in strings],
+        **{"continue": {"prompts": [p[0].tolist() for p in prompts], "new_tokens": NEW_TOKENS}},
+    )
+    assert answer["ids"] == [ids for _, ids in strings]
+    for prompt, theirs in zip(prompts, answer["continuations"], strict=True):
+        ours = model.generate(prompt, NEW_TOKENS)[0, prompt.shape[1] :].tolist()
+        assert len(theirs) == NEW_TOKENS
+        if ours != theirs:
+            place = next(i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
+            text = torch.cat([prompt, torch.tensor([ours[:place]], dtype=torch.long)], dim=1)
+            with torch.no_grad():
+                best = model(text)[0, -1].topk(2)
+            assert theirs[place] == best.indices[1]
+            assert best.values[0] - best.values[1] < NEAR
+
+
+def test_the_stored_choices_are_still_llama_cpps_own(smollm2):
+    """On the wheel's own file; another processor's kernels may decide a few near-ties otherwise."""
+    from workflow.reference.load import find_in_package
+
+    told = facts_of(smollm2)["llama_cpp"]
+    file = find_in_package(smollm2.member.wheel.file)
+    (argmax,) = ask(file, judge=[told["ids"]])["argmax"]
+    same = sum(a == b for a, b in zip(argmax, told["argmax"], strict=True))
+    assert same >= 0.95 * len(argmax)

@@ -1,0 +1,1 @@
+"""Looking at a model: evaluation, generated text, states, interpretability, figures."""

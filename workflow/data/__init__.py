@@ -1,0 +1,1 @@
+"""Text: sources become documents, documents a token file, tokens batches."""

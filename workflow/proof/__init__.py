@@ -1,0 +1,1 @@
+"""Is the copy the original? Checks and bounds, stored external values, mutations."""

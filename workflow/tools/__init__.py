@@ -1,0 +1,1 @@
+"""Around the project: the benchmark, executing the notebook, the stamp."""

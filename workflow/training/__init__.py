@@ -1,0 +1,1 @@
+"""Training: the trainer, one step, checkpoint and exact resume, metrics, processes, hardware."""
