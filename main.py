@@ -12,7 +12,7 @@ from workflow.arguments import REFERENCE, SAMPLING, parser
 from workflow.config.load import load_config
 from workflow.config.settings import Config
 from workflow.errors import WorkflowError, one_line_errors
-from workflow.training import processes
+from workflow.training import distributed
 from workflow.training.signals import raise_on_sigterm
 
 
@@ -37,7 +37,7 @@ def verify(arguments: argparse.Namespace) -> int:
         rungs = proof.verify(model, reference, settings, text)
     if arguments.json:
         print(json.dumps(ladder.as_json(rungs), indent=1, allow_nan=False))
-    return 1 if ladder.failing(rungs) else 0
+    return 1 if ladder.failed(rungs) else 0
 
 
 def break_it(arguments: argparse.Namespace) -> int:
@@ -159,7 +159,7 @@ def run_until(run, target: int) -> int:
         if step % run.config.sample.every == 0 or step == target:
             show_sample(run)
     run.hand_over()
-    processes.end()
+    distributed.end()
     return 0
 
 
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser(__doc__, COMMANDS).parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
     try:
-        processes.start(options.command in ("train", "resume"))
+        distributed.start(options.command in ("train", "resume"))
         return COMMANDS[options.command](options)
     except WorkflowError as error:
         if options.debug:

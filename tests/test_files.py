@@ -8,7 +8,13 @@ import pytest
 
 from conftest import ROOT
 from workflow.errors import BusyError, DiskError
-from workflow.files import check_room, lock, remove_unfinished, replace_text, written_whole
+from workflow.files import (
+    atomic_write,
+    check_free_space,
+    lock,
+    remove_temporary_files,
+    write_text_atomic,
+)
 
 
 def names(folder) -> list[str]:
@@ -17,15 +23,15 @@ def names(folder) -> list[str]:
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "file"
-    replace_text(path, "old", "paths.runs")
-    with pytest.raises(ZeroDivisionError), written_whole(path, "paths.runs") as unfinished:
+    write_text_atomic(path, "old", "paths.runs")
+    with pytest.raises(ZeroDivisionError), atomic_write(path, "paths.runs") as unfinished:
         unfinished.write_text("half")
         1 / 0  # noqa: B018
     assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
     program = (
         "import resource, sys; from pathlib import Path; from workflow import files;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
-        "files.replace_text(Path(sys.argv[1]), 'x' * 9999, 'paths.runs')"
+        "files.write_text_atomic(Path(sys.argv[1]), 'x' * 9999, 'paths.runs')"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, str(path)],
@@ -42,17 +48,17 @@ def test_what_a_kill_left_is_removed_with_one_notice(tmp_path, capsys):
     for name in ("a.pt.tmp.17", "b.json.tmp.4", "c.pt"):
         (tmp_path / name).touch()
     (tmp_path / "folder.tmp.3").mkdir()
-    remove_unfinished(tmp_path, untouched=60)  # in use, perhaps
+    remove_temporary_files(tmp_path, untouched=60)  # in use, perhaps
     assert len(names(tmp_path)) == 4
-    remove_unfinished(tmp_path)
+    remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["c.pt"]
     assert capsys.readouterr().out.count("a killed process left half written") == 3
 
 
 def test_too_little_room_is_said_with_both_figures(tmp_path):
-    check_room(tmp_path, 1000, "2 checkpoints", "paths.checkpoints")
+    check_free_space(tmp_path, 1000, "2 checkpoints", "paths.checkpoints")
     with pytest.raises(DiskError, match=r"2 checkpoints need 10{9}\.0 MB, \d"):
-        check_room(tmp_path, 10**15, "2 checkpoints", "paths.checkpoints")
+        check_free_space(tmp_path, 10**15, "2 checkpoints", "paths.checkpoints")
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path):

@@ -22,7 +22,7 @@ DAY = 86_400.0  # seconds
 
 
 @contextmanager
-def written_whole(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
+def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
     """A file beside `path` to write to; it takes that name once it is written and synced.
 
     setting: the key of the YAML that says where it lies. needed: bytes, where they are known.
@@ -51,14 +51,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str, setting: str) -> None:
+def write_text_atomic(path: Path, text: str, setting: str) -> None:
     """Writes a small text file whole or not at all."""
-    with written_whole(path, setting) as unfinished:
+    with atomic_write(path, setting) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def writing(path: Path, setting: str) -> Iterator[None]:
+def disk_errors(path: Path, setting: str) -> Iterator[None]:
     """What goes wrong on the disk meanwhile becomes a DiskError."""
     try:
         yield
@@ -78,7 +78,7 @@ def mend(setting: str) -> str:
     return f"free some room, or set another place: --set {setting}=PATH"
 
 
-def check_room(folder: Path, needed: int, what: str, setting: str) -> None:
+def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None:
     """Raises DiskError, with both figures, when `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -86,7 +86,7 @@ def check_room(folder: Path, needed: int, what: str, setting: str) -> None:
         raise DiskError(folder, room, mend(setting))
 
 
-def remove_unfinished(folder: Path, untouched: float = 0) -> None:
+def remove_temporary_files(folder: Path, untouched: float = 0) -> None:
     """Removes what a killed process left half written.
 
     untouched: for so many seconds, where the folder is not locked and others may be writing.
@@ -97,7 +97,7 @@ def remove_unfinished(folder: Path, untouched: float = 0) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def lock(folder: Path, setting: str) -> BaseFileLock:
+def lock_folder(folder: Path, setting: str) -> BaseFileLock:
     """Locks a folder, made if need be, for this process until `release` or its end.
 
     Raises BusyError, naming the holder, or DiskError.

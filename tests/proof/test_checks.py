@@ -13,7 +13,7 @@ from workflow.config.load import load_config
 from workflow.files import weights_sha256
 from workflow.proof import checks as proof
 from workflow.proof import mutations as breaking
-from workflow.proof.bounds import BOUNDS, Rung, as_json, failing, worst
+from workflow.proof.bounds import BOUNDS, Check, as_json, failed, worst
 from workflow.reference.load import load_reference
 
 TEXT = "Once upon a time, 12 trees stood in a row.\n" * 30
@@ -27,14 +27,14 @@ def lively(config):
     return load_reference("random", config.member.model_copy(update={"architecture": wide}))
 
 
-def climb(model, reference, config) -> list[Rung]:
+def climb(model, reference, config) -> list[Check]:
     return list(proof.climb(model, reference, config.proof, TEXT))
 
 
 def test_the_copy_is_the_original(config, lively, capsys):
     rungs = proof.verify(proof.copy_reference(lively), lively, config.proof, TEXT)
     assert [rung.name for rung in rungs] == list(BOUNDS)
-    assert failing(rungs) == []
+    assert failed(rungs) == []
     assert [rung.name for rung in rungs if rung.holds is None] == list(BOUNDS)[:4]
     assert {rung.name: rung.figure for rung in rungs}["logits"] == 0.0
     printed = capsys.readouterr().out
@@ -53,7 +53,7 @@ def test_quick_leaves_out_long_texts_and_few_bits(config, lively):
 def test_no_broken_model_passes(config, lively, name):
     model = proof.copy_reference(lively)
     with breaking.MISTAKES[name](model):
-        assert failing(climb(model, lively, config)) != []
+        assert failed(climb(model, lively, config)) != []
 
 
 def test_one_changed_weight_is_found_and_named(config, lively):
@@ -88,7 +88,7 @@ def test_a_logit_that_is_no_number_fails(config, lively):
     model = proof.copy_reference(lively)
     with torch.no_grad():
         model.embed_tokens.weight[300 % 257] = float("nan")
-    assert "logits" in failing(climb(model, lively, config))
+    assert "logits" in failed(climb(model, lively, config))
 
 
 def test_the_reference_is_as_before_afterwards(config, lively):
@@ -103,14 +103,14 @@ def test_the_reference_is_as_before_afterwards(config, lively):
 
 
 def test_a_rung_is_told_for_people_and_for_machines():
-    good, bad = Rung("logits", 1e-5), Rung("loss", 0.5, "too far")
-    out = Rung("argmax like llama.cpp's", None, "no such file")
+    good, bad = Check("logits", 1e-5), Check("loss", 0.5, "too far")
+    out = Check("argmax like llama.cpp's", None, "no such file")
     assert [rung.holds for rung in (good, bad, out)] == [True, False, None]
     assert "FAILS    too far" in str(bad) and "left out no such file" in str(out)
     told = json.loads(json.dumps(as_json([good, bad, out]), allow_nan=False))
     assert [row["holds"] for row in told] == [True, False, None]
     assert (told[0]["sign"], told[0]["bound"]) == ("<=", 1e-4)
-    assert Rung("argmax like llama.cpp's", 0.94).holds is False
+    assert Check("argmax like llama.cpp's", 0.94).holds is False
     assert as_json([worst("logits", {"a": float("inf")})])[0]["figure"] == "inf"
 
 
@@ -122,26 +122,28 @@ def test_the_worst_part_and_the_first_beyond_the_bound_are_named():
 
 def test_what_cannot_be_compared_is_infinitely_far():
     one = torch.ones(2)
-    assert comparison.largest(one, torch.ones(3)) == float("inf")
-    assert comparison.largest(one * float("nan"), one) == float("inf")
-    assert comparison.relative(one * 3, one * 2) == 0.5
-    assert comparison.relative(one * 0, one * 0) == 0.0
+    assert comparison.max_difference(one, torch.ones(3)) == float("inf")
+    assert comparison.max_difference(one * float("nan"), one) == float("inf")
+    assert comparison.relative_difference(one * 3, one * 2) == 0.5
+    assert comparison.relative_difference(one * 0, one * 0) == 0.0
     assert worst("logits", {"a": float("inf")}).holds is False
-    assert comparison.relative_by_position(one, torch.ones(3)) == float("inf")
-    assert comparison.relative_by_position(one[None] * float("nan"), one[None]) == float("inf")
+    assert comparison.relative_difference_by_position(one, torch.ones(3)) == float("inf")
+    assert comparison.relative_difference_by_position(one[None] * float("nan"), one[None]) == float(
+        "inf"
+    )
 
 
 def test_a_position_with_huge_values_hides_no_error_of_another():
     theirs = torch.tensor([[[2e4, 1.0], [1.0, 2.0], [0.0, 0.0]]])
     ours = theirs + torch.tensor([[[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]])
-    assert comparison.relative_by_position(ours, theirs) == 0.25
-    assert comparison.relative(ours, theirs) < 1e-4
+    assert comparison.relative_difference_by_position(ours, theirs) == 0.25
+    assert comparison.relative_difference(ours, theirs) < 1e-4
 
 
 def test_divergence_is_zero_only_of_equals():
     logits = torch.randn(1, 4, 9)
-    assert comparison.divergence(logits, logits + 3) == pytest.approx(0.0, abs=1e-6)
-    assert comparison.divergence(logits, -logits) > 0.1
+    assert comparison.kl_divergence(logits, logits + 3) == pytest.approx(0.0, abs=1e-6)
+    assert comparison.kl_divergence(logits, -logits) > 0.1
 
 
 def test_in_bf16_transformers_keeps_its_angles_exact(lively):
@@ -187,7 +189,7 @@ def test_the_real_weights_give_the_references_logits(smollm2):
 def test_the_real_weights_broken_fail_where_they_are_broken(smollm2):
     model, ids = proof.copy_reference(smollm2), proof.encode(smollm2, proof.LONG_PROMPT)[:, :48]
     with torch.no_grad():
-        theirs = comparison.states(smollm2.model, ids)
+        theirs = comparison.hidden_states(smollm2.model, ids)
     found = {
         name: breaking.break_with(name, model, smollm2, ids, theirs) for name in breaking.MISTAKES
     }
@@ -204,7 +206,7 @@ def test_the_real_weights_pass_the_quick_ladder(smollm2):
     config = load_config(ROOT / "SmolLm3_Config.yaml", "quick")
     text = (ROOT / "input.txt").read_text("utf-8")
     rungs = proof.verify(proof.copy_reference(smollm2), smollm2, config.proof, text)
-    assert failing(rungs) == []
+    assert failed(rungs) == []
     by_name = {rung.name: rung for rung in rungs}
     assert [name for name, rung in by_name.items() if rung.holds is None] == [
         "perplexity off the stored one"

@@ -8,7 +8,7 @@ from SmolLm3 import hf_state_dict
 from workflow.files import weights_sha256
 from workflow.proof import mutations as breaking
 from workflow.proof.checks import copy_reference, loss_of
-from workflow.training.update import NextTokenLoss
+from workflow.training.step import NextTokenLoss
 
 IDS = torch.arange(3, 43)[None]
 

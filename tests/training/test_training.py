@@ -382,9 +382,9 @@ def test_a_second_process_is_refused(config, reference):
     run = Run(config, reference)
     held = run.checkpoints
     with pytest.raises(BusyError, match="in use by process"):
-        files.lock(held, "here")
+        files.lock_folder(held, "here")
     run.close()
-    files.lock(held, "here").release()
+    files.lock_folder(held, "here").release()
 
 
 def test_loss_starts_at_the_references_own_and_falls(config, reference, tmp_path):

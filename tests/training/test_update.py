@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 from SmolLm3 import LlamaModel
 from workflow.config.load import load_config
-from workflow.training.update import (
+from workflow.training.step import (
     NextTokenLoss,
     evaluating,
     learning_rate,

@@ -12,8 +12,7 @@ from SmolLm3 import LlamaModel
 from workflow.config.load import load_config
 from workflow.errors import NonFiniteError
 from workflow.training import hardware
-from workflow.training.update import CHUNK, NextTokenLoss
-from workflow.training.updater import Updater
+from workflow.training.step import CHUNK, NextTokenLoss, TrainStep
 
 CPU = torch.device("cpu")
 
@@ -27,7 +26,7 @@ def updates(config):
         torch.manual_seed(0)
         model = LlamaModel(config.trained)
         train = config.train.model_copy(update={"batch_size": 4, **settings})
-        updater = Updater(model, train, CPU)
+        updater = TrainStep(model, train, CPU)
         for step, rows in enumerate(tokens):
             updater(step, rows[:, :-1], rows[:, 1:])
         return model, updater.rows("x")
@@ -94,7 +93,7 @@ def test_logits_in_chunks_give_the_same_loss_and_gradient(config):
 def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
     torch.manual_seed(0)
     model = LlamaModel(config.trained)
-    updater = Updater(model, config.train, CPU)
+    updater = TrainStep(model, config.train, CPU)
     batch = torch.ones(2, 1, 8, dtype=torch.long)
     updater(0, *batch)
     before = copy.deepcopy((model.state_dict(), updater.optimizer.state_dict()["state"]))

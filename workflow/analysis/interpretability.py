@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from SmolLm3 import LlamaAttention, LlamaModel, RotaryPositionalEmbedding, hf_name, rotate
-from workflow.analysis.states import states
+from workflow.analysis.states import hidden_states
 
 # --- parameters -----------------------------------------------------------------------------------
 
@@ -74,7 +74,7 @@ def scores_of_one_pair(rotary: RotaryPositionalEmbedding, positions: int, seed: 
 
 def stream(model: LlamaModel, ids: Tensor) -> list[Tensor]:
     """The residual stream (1, T, C) of ids (1, T): the embeddings, then after each layer."""
-    found = states(model, ids)
+    found = hidden_states(model, ids)
     return [found["embed_tokens"], *(found[f"layers.{i}"] for i in range(len(model.layers)))]
 
 

@@ -20,20 +20,20 @@ from SmolLm3 import LlamaModel, hf_name
 CHUNK = 256  # positions whose logits exist at the same time
 
 
-def largest(ours: Tensor, theirs: Tensor) -> float:
+def max_difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest absolute difference."""
     if ours.shape != theirs.shape:
         return math.inf
     return (ours.float() - theirs.float()).abs().nan_to_num(nan=math.inf).max().item()
 
 
-def relative(ours: Tensor, theirs: Tensor) -> float:
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, as a share of the largest value of `theirs`."""
-    difference, size = largest(ours, theirs), theirs.float().abs().max().item()
+    difference, size = max_difference(ours, theirs), theirs.float().abs().max().item()
     return difference / size if size else difference
 
 
-def relative_by_position(ours: Tensor, theirs: Tensor) -> float:
+def relative_difference_by_position(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of states (B, T, C), as a share of its position's largest value.
 
     By position, since the first token's states are ten thousand times those of the others in the
@@ -51,7 +51,7 @@ def base_of(model: nn.Module) -> nn.Module:
     return model if isinstance(model, LlamaModel) else model.model
 
 
-def states(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+def hidden_states(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     """What comes out of each part for `ids` (B, T): embed_tokens, layers.0 …, norm, logits.
 
     Of a model of transformers, also its own `loss`, of each token after those before it.
@@ -90,7 +90,7 @@ def hidden(model: nn.Module, ids: Tensor) -> Tensor:
     return model.model(ids, use_cache=False).last_hidden_state
 
 
-def chunks_of_logits(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
+def logits_in_chunks(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
     """The logits (1, up to CHUNK, V) of a long text, never all at once."""
     for part in hidden(model, ids).split(CHUNK, dim=1):
         yield model.lm_head(part)
@@ -98,7 +98,7 @@ def chunks_of_logits(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
 
 def long_logits(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits (1, T, V) of a long text, for when they are needed twice."""
-    return torch.cat(list(chunks_of_logits(model, ids)), dim=1)
+    return torch.cat(list(logits_in_chunks(model, ids)), dim=1)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ def in_bf16(model: nn.Module) -> nn.Module:
     return rounded
 
 
-def divergence(ours: Tensor, theirs: Tensor) -> float:
+def kl_divergence(ours: Tensor, theirs: Tensor) -> float:
     """KL(theirs || ours), nats a token, of two sets of logits (B, T, V)."""
     p, q = theirs.float().log_softmax(dim=-1), ours.float().log_softmax(dim=-1)
     return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1).mean().item()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from workflow.data.documents import documents, sha256_of_text, size_of_text
 from workflow.data.sources import Source
 from workflow.errors import DataError
-from workflow.files import DAY, remove_unfinished, written_whole
+from workflow.files import DAY, atomic_write, remove_temporary_files
 
 TOGETHER = 1 << 22  # characters that are tokenised at once
 DIGEST = 32  # bytes of a sha256, at the end of a token file
@@ -122,13 +122,13 @@ def token_file(
     file = folder / f"{files[0].stem[:50]}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
     tokens = read_tokens(file, kind)
     if tokens is None:
-        remove_unfinished(folder, untouched=DAY)
+        remove_temporary_files(folder, untouched=DAY)
         sizes = [size_of_text(path) for path in files]
         bar = {"total": sum(sizes) if all(sizes) else None, "unit": "B", "unit_scale": True}
         bar |= {"desc": "Tokenising", "delay": 2, "leave": False, "file": sys.stdout}
         digest = hashlib.sha256()
         with (
-            written_whole(file, "paths.cache") as unfinished,
+            atomic_write(file, "paths.cache") as unfinished,
             open(unfinished, "wb") as out,
             tqdm(**bar) as progress,
         ):

@@ -50,7 +50,7 @@ OUTSIDE = tuple(BOUNDS)[:3]  # those that need figures of the very file
 
 
 @dataclass(frozen=True)
-class Rung:
+class Check:
     """One claim: what was measured, the bound it must keep, and whether it does.
 
     figure: None where the rung was left out; `detail` says why.
@@ -87,21 +87,21 @@ class Rung:
         return "\n".join(textwrap.wrap(line, 118, subsequent_indent=" " * 65))
 
 
-def worst(name: str, parts: Mapping[str, float]) -> Rung:
+def worst(name: str, parts: Mapping[str, float]) -> Check:
     """The rung of the largest of `parts`; tells the first beyond the bound, else the largest."""
     most = max(parts, key=parts.__getitem__)
-    rung = Rung(name, parts[most], f"largest of {len(parts)}: {most}", parts)
+    rung = Check(name, parts[most], f"largest of {len(parts)}: {most}", parts)
     if first := rung.first:
         rung = replace(rung, detail=f"first: {first}, by {parts[first]:.2e}; {rung.detail}")
     return rung
 
 
-def failing(rungs: Sequence[Rung]) -> list[str]:
+def failed(rungs: Sequence[Check]) -> list[str]:
     """The names of the rungs that fail."""
     return [rung.name for rung in rungs if rung.holds is False]
 
 
-def as_json(rungs: Sequence[Rung]) -> list[dict[str, Any]]:
+def as_json(rungs: Sequence[Check]) -> list[dict[str, Any]]:
     """Rungs as plain values, for machines; JSON has no infinity, so a figure may be a string."""
 
     def plain(figure: float | int | None) -> float | int | str | None:

@@ -19,19 +19,19 @@ from SmolLm3 import LlamaModel
 from workflow.analysis.evaluation import evaluate
 from workflow.config.settings import ProofSettings
 from workflow.data.documents import read_text
-from workflow.proof.bounds import OUTSIDE, Rung
+from workflow.proof.bounds import OUTSIDE, Check
 from workflow.reference.gguf_file import read_tensors
 from workflow.reference.load import Reference, find_in_package
 
 FACTS = Path(__file__).parent / "facts"
 
 
-def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) -> Iterator[Rung]:
+def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) -> Iterator[Check]:
     """The absolute rungs, against figures that no code of this project computed."""
     facts = facts_of(reference)
     if facts is None:
         why = "no figures from outside are stored for these weights"
-        yield from (Rung(name, None, why) for name in OUTSIDE)
+        yield from (Check(name, None, why) for name in OUTSIDE)
     else:
         yield from of_this_file(model, reference, facts, settings)
     strings = hard_strings(reference)
@@ -39,22 +39,22 @@ def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) ->
     detail = ", ".join(map(repr, wrong)) or f"{len(strings or [])} strings"
     if strings is None:
         detail = "no ids from outside are stored for this vocabulary"
-    yield Rung("hard strings unlike official ids", len(wrong) if strings else None, detail)
+    yield Check("hard strings unlike official ids", len(wrong) if strings else None, detail)
 
 
 def of_this_file(
     model: LlamaModel, reference: Reference, facts: dict[str, Any], settings: ProofSettings
-) -> Iterator[Rung]:
+) -> Iterator[Check]:
     """Those that belong to one file of weights."""
     unlike = tensors_unlike_gguf(reference)
     detail = ", ".join(unlike[:3]) or "all dequantised by the gguf library"
-    yield Rung("tensors unlike gguf's reading", len(unlike), detail)
+    yield Check("tensors unlike gguf's reading", len(unlike), detail)
     share, detail = argmax_share(model, facts)
-    yield Rung("argmax like llama.cpp's", share, detail)
+    yield Check("argmax like llama.cpp's", share, detail)
     off, detail = None, "proof.wikitext names no file"
     if settings.wikitext is not None:
         off, detail = perplexity_off(model, reference, facts, settings.wikitext)
-    yield Rung("perplexity off the stored one", off, detail)
+    yield Check("perplexity off the stored one", off, detail)
 
 
 def facts_of(reference: Reference) -> dict[str, Any] | None:

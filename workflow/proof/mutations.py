@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 import SmolLm3
 from SmolLm3 import LlamaModel, LlamaRMSNorm
-from workflow.analysis.states import states
+from workflow.analysis.states import hidden_states
 from workflow.config.settings import BreakingSettings, Config, TrainSettings
 from workflow.data.corpus import Corpus, batch_at
-from workflow.files import replace_text
-from workflow.proof.bounds import Rung
+from workflow.files import write_text_atomic
+from workflow.proof.bounds import Check
 from workflow.proof.checks import computed, copied, loss_of
 from workflow.reference.load import Reference
 from workflow.training.origin import Origin, identify
-from workflow.training.update import NextTokenLoss, make_optimizer
+from workflow.training.step import NextTokenLoss, make_optimizer
 
 TRUTH, RANDOM_HEAD, TWICE = "nothing broken", "head left random", "targets shifted twice"
 
@@ -171,7 +171,7 @@ def break_with(
         rungs = [*copied(model, reference), *computed(model, theirs, ids)]
         loss = loss_of(model, ids).item()
     told = {rung.name: rung for rung in rungs}
-    failed: Rung | None = next((rung for rung in rungs if rung.holds is False), None)
+    failed: Check | None = next((rung for rung in rungs if rung.holds is False), None)
     named = failed and failed.name == "tensors missing or extra"
     where = (failed.first or (failed.detail if named else "")) if failed else ""
     layers = list(told["hidden state after each layer"].parts.values())
@@ -192,7 +192,7 @@ def study(
     held_out = corpus.validation[: settings.tokens].astype(np.int64)
     ids = torch.from_numpy(held_out)[None]
     with torch.no_grad():
-        theirs = states(reference.model, ids)
+        theirs = hidden_states(reference.model, ids)
     broken = [break_with(name, model, reference, ids, theirs) for name in MISTAKES]
     made_of = {
         "weights_sha256": reference.provenance.weights_sha256,
@@ -267,7 +267,7 @@ def keep(curves: Sequence[Curve], file: Path, made_of: Mapping[str, Any]) -> Non
         "machine": where,
         "curves": rows,
     }
-    replace_text(file, json.dumps(record) + "\n", "breaking.record")
+    write_text_atomic(file, json.dumps(record) + "\n", "breaking.record")
 
 
 def told(file: Path, made_of: Mapping[str, Any]) -> list[Curve]:

@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Member
 from workflow.errors import ConfigError, SourceError
-from workflow.files import DAY, remove_unfinished, weights_sha256
+from workflow.files import DAY, remove_temporary_files, weights_sha256
 from workflow.reference.hub import snapshot
 
 END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
@@ -189,7 +189,7 @@ def converted(gguf: Path, cache: Path) -> Path:
     folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     if folder.is_dir():
         return folder
-    remove_unfinished(folder.parent, untouched=DAY)
+    remove_temporary_files(folder.parent, untouched=DAY)
     print(f"Converting {gguf.name} once, for {folder} (about half a minute)")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32

@@ -31,8 +31,7 @@ from workflow.analysis.generation import Decoder
 from workflow.config.settings import Config
 from workflow.reference.load import Reference, load_reference
 from workflow.training import hardware
-from workflow.training.update import make_optimizer
-from workflow.training.updater import Updater
+from workflow.training.step import TrainStep, make_optimizer
 
 OURS, THEIRS = "ours", "transformers"
 COMPILED, RECOMPUTED, LOW = "compiled", "recomputed", "bfloat16 weights"
@@ -118,7 +117,7 @@ def training(case: Case, side: str, way: str, reference: Reference, config: Conf
         size = {"batch_size": case.batch_size, "micro_batch_size": None}
         ways = {"compile": way == COMPILED, "recompute": way == RECOMPUTED}
         hardware.prepare(device)
-        updater = Updater(ours_of(reference), settings.model_copy(update=size | ways), device)
+        updater = TrainStep(ours_of(reference), settings.model_copy(update=size | ways), device)
         return lambda: (updater(0, inputs, targets), updater.rows("bench"))
     model = reference.model.requires_grad_(True)
     trained = torch.compile(model) if way == COMPILED else model

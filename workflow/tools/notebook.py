@@ -22,7 +22,7 @@ import nbformat
 
 from workflow.config.load import CHANGES_VARIABLE, PROFILE_VARIABLE
 from workflow.errors import WorkflowError
-from workflow.files import replace_text
+from workflow.files import write_text_atomic
 from workflow.training.signals import raise_on_sigterm
 
 STORY = Path("main.ipynb")
@@ -72,7 +72,7 @@ def execute(path: Path = STORY, in_place: bool = False) -> Path:
     folder = run_folder(story) or RUNS
     write(story, folder / path.stem)
     if in_place:
-        replace_text(path, nbformat.writes(story) + "\n", "paths.runs")
+        write_text_atomic(path, nbformat.writes(story) + "\n", "paths.runs")
     return folder
 
 
@@ -131,8 +131,8 @@ def write(story: nbformat.NotebookNode, stem: Path) -> None:
     from nbconvert import HTMLExporter
 
     page, _ = HTMLExporter().from_notebook_node(story)
-    replace_text(stem.with_suffix(".ipynb"), nbformat.writes(story) + "\n", "paths.runs")
-    replace_text(stem.with_suffix(".html"), page, "paths.runs")
+    write_text_atomic(stem.with_suffix(".ipynb"), nbformat.writes(story) + "\n", "paths.runs")
+    write_text_atomic(stem.with_suffix(".html"), page, "paths.runs")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from SmolLm3 import hf_name
 from workflow.errors import CheckpointError, DamagedError, ForeignError
-from workflow.files import sha256_of, written_whole
+from workflow.files import atomic_write, sha256_of
 from workflow.training.archive import check_archive
 
 FORMAT = "smollm-workflow checkpoint"
@@ -56,7 +56,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     state = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
     state["digest"] = sha256_of(leaves(state))
-    with written_whole(path, SETTING, bytes_of(state)) as unfinished:
+    with atomic_write(path, SETTING, bytes_of(state)) as unfinished:
         with open(unfinished, "wb") as file:  # given a path, torch.save would store its name
             torch.save(state, file)
         check_archive(unfinished)

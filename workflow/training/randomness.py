@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workflow.training import processes
+from workflow.training import distributed
 
 SOURCES = ("torch", "cuda", "numpy", "python")
 
@@ -54,5 +54,5 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
         "threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": distributed.count(),
     }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from workflow.errors import CheckpointError
-from workflow.files import remove_unfinished, replace_text, writing
+from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
 from workflow.tools.stamp import commit
 
 SETTING = "paths.runs"  # the key of the YAML that says where all this lies
@@ -58,7 +58,7 @@ class Trace:
         return cls(**values | {"losses": tuple(values["losses"])})
 
     def write(self, file: Path) -> None:
-        replace_text(file, json.dumps(asdict(self)), SETTING)
+        write_text_atomic(file, json.dumps(asdict(self)), SETTING)
 
 
 class Record:
@@ -74,16 +74,18 @@ class Record:
     def __init__(self, folder: Path, step: int, made_of: Mapping, settings: Mapping):
         self.folder, file = folder, folder / "metrics.jsonl"
         self._began = datetime.now(UTC).isoformat(timespec="seconds")
-        with writing(folder, SETTING):
+        with disk_errors(folder, SETTING):
             folder.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(folder)
+            remove_temporary_files(folder)
             old = whole_rows(file)
             if any(row["step"] > 0 for row in old) and step == 0:  # its checkpoints are gone
                 file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
             self.rows: list[dict[str, Any]] = [row for row in old if row["step"] <= step and step]
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-            replace_text(file, lines, SETTING)
-            replace_text(folder / "made_of.json", json.dumps(made_of, indent=1) + "\n", SETTING)
+            write_text_atomic(file, lines, SETTING)
+            write_text_atomic(
+                folder / "made_of.json", json.dumps(made_of, indent=1) + "\n", SETTING
+            )
             self._file = open(file, "ab", buffering=0)  # what is written is not lost with us
             wait_for_a_new_second(folder)
             # `step` would take the last point with it; without a purge, later steps would double
@@ -98,7 +100,7 @@ class Record:
             began, self._began = self._began, None
             self.add({"step": row["step"] - 1, "began": began, "commit": commit()})
         self.rows.append(row)
-        with writing(self.folder, SETTING):
+        with disk_errors(self.folder, SETTING):
             self._file.write((json.dumps(row) + "\n").encode())
             for key in SCALARS.keys() & row.keys():
                 self._board.add_scalar(SCALARS[key], row[key], row["step"])
@@ -107,7 +109,7 @@ class Record:
 
     def add_histograms(self, step: int, model: nn.Module) -> None:
         """How weights, and gradients where there are any, are spread, for TensorBoard alone."""
-        with writing(self.folder, SETTING):
+        with disk_errors(self.folder, SETTING):
             for name, parameter in model.named_parameters():
                 for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
                     if values is not None:
@@ -133,13 +135,13 @@ class Record:
 
     def flush(self) -> None:
         if not self._file.closed:
-            with writing(self.folder, SETTING):
+            with disk_errors(self.folder, SETTING):
                 os.fsync(self._file.fileno())
                 self._board.flush()
 
     def close(self) -> None:
         self._file.close()
-        with writing(self.folder, SETTING):
+        with disk_errors(self.folder, SETTING):
             self._board.close()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from SmolLm3 import LlamaModel, hf_state_dict, load_hf_weights
 from workflow.errors import CheckpointError, ConfigError
 from workflow.training import checkpoint, randomness
-from workflow.training.update import check_alike, load_optimizer
+from workflow.training.step import check_alike, load_optimizer
 
 MOST_FAULTS = 6  # that one line names
 

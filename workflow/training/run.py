@@ -28,13 +28,12 @@ from workflow.config.settings import Config
 from workflow.data.corpus import batch_at, validation_batches
 from workflow.errors import CheckpointError, NonFiniteError
 from workflow.files import weights_sha256
-from workflow.training import checkpoint, hardware, processes, progress, randomness
+from workflow.training import checkpoint, distributed, hardware, progress, randomness
 from workflow.training.origin import Origin, identify
 from workflow.training.record import Record, RowsAlone, Trace
 from workflow.training.restoring import check_allowed, restore
 from workflow.training.signals import deferred
-from workflow.training.update import evaluating, optimizer_state
-from workflow.training.updater import Updater
+from workflow.training.step import TrainStep, evaluating, optimizer_state
 
 GPU_STEPS_AHEAD = 10  # updates that are launched before the numbers of the first are waited for
 _OPEN = weakref.WeakValueDictionary()  # this process's runs, by folder of checkpoints
@@ -50,7 +49,7 @@ class Run:
     """
 
     def __init__(self, config: Config, reference):
-        with self._closed_on_failure(), processes.first_first():
+        with self._closed_on_failure(), distributed.first_first():
             self._open(config, Origin.of(reference))
             taken = checkpoint.newest(self.checkpoints)
             if taken:
@@ -72,7 +71,7 @@ class Run:
         path, state = checkpoint.within(config.paths.checkpoints, Path(path).resolve())
         folder, asked = path.parent, state["step"]
         run = cls.__new__(cls)
-        with run._closed_on_failure(), processes.first_first():
+        with run._closed_on_failure(), distributed.first_first():
             run.allowed = tuple(allow)
             run._open(config, Origin.saved(folder, state), folder.name)
             print(f"Loaded {path.name}")
@@ -108,7 +107,7 @@ class Run:
         progress.forecast(target - self.step, settings, epoch, parameters)
         self._progress = progress.Progress(settings, self.resumed_at, self.step, target)
         try:
-            with deferred(processes.agreed) as safe_point:
+            with deferred(distributed.agreed) as safe_point:
                 self._validate(target, safe_point)
                 while self.step < target:
                     self._update()
@@ -140,7 +139,7 @@ class Run:
         if self.taken_from == self.step:
             print(f"Note: at step {self.step} this run was itself read from a checkpoint")
         self._settle()
-        with deferred(processes.agreed) as safe_point:
+        with deferred(distributed.agreed) as safe_point:
             while self.step < target:
                 self._update()
                 self.carried += [row["loss"] for row in self._rows()]
@@ -164,8 +163,8 @@ class Run:
         """
         path = self.checkpoint(self.step)
         self._settle()
-        with processes.first_first():  # nobody leaves before it is written
-            if not self.step or self.carried or self.model is None or processes.rank():
+        with distributed.first_first():  # nobody leaves before it is written
+            if not self.step or self.carried or self.model is None or distributed.rank():
                 return
             if checkpoint.is_whole(path):
                 return
@@ -194,7 +193,7 @@ class Run:
         if told is not None:
             return told
         self._check_live()
-        if processes.rank():
+        if distributed.rank():
             return ""
         settings = self.config.sample
         ids = self.origin.tokenizer.encode(prompt, add_special_tokens=False).ids
@@ -259,7 +258,7 @@ class Run:
     def _update(self) -> None:
         inputs, targets = self.batch(self.step)
         self._amid = True  # no state to save
-        with processes.told():
+        with distributed.told():
             self.updater(self.step, inputs, targets)
         self.step += 1
         self._amid = False
@@ -293,7 +292,7 @@ class Run:
         return self.step % self.config.train.validate_every == 0 or self.step == target
 
     def _owes_validation(self, target: int) -> bool:
-        here = self.model is not None and not processes.rank() and self._validates(target)
+        here = self.model is not None and not distributed.rank() and self._validates(target)
         return here and not self.record.has("validation_loss", self.step)
 
     @torch.no_grad()
@@ -309,7 +308,7 @@ class Run:
                 loss = self.updater.loss(inputs.to(self.device), targets.to(self.device))
                 total += loss.item() * inputs.numel()
                 count += inputs.numel()
-                if processes.count() == 1:  # the others are not here to agree
+                if distributed.count() == 1:  # the others are not here to agree
                     safe_point(self.save)
         self.record.add_histograms(self.step, self.model)
         self.record.add({"step": self.step, "validation_loss": total / count})
@@ -328,22 +327,22 @@ class Run:
         if earlier := _OPEN.pop(self.checkpoints.resolve(), None):
             earlier.hand_over()
         _OPEN[self.checkpoints.resolve()] = self
-        if not processes.rank():
+        if not distributed.rank():
             self._take_folder()
         hardware.prepare(self.device)
         randomness.seed_random_states(config.run.seed)
         self.model = LlamaModel(config.trained).to(self.device)
-        self.updater = Updater(self.model, config.train, self.device)
+        self.updater = TrainStep(self.model, config.train, self.device)
         self.optimizer = self.updater.optimizer
         self._check_room()
 
     def _take_folder(self) -> None:
-        self._lock = files.lock(self.checkpoints, checkpoint.SETTING)
-        files.remove_unfinished(self.checkpoints)
+        self._lock = files.lock_folder(self.checkpoints, checkpoint.SETTING)
+        files.remove_temporary_files(self.checkpoints)
         if not (self.checkpoints / "tokenizer.json").is_file():
             tokenizer = {"tokenizer.json": self.origin.tokenizer.to_str()}
             for file, text in {**self.origin.tokenizer_files, **tokenizer}.items():
-                files.replace_text(self.checkpoints / file, text, checkpoint.SETTING)
+                files.write_text_atomic(self.checkpoints / file, text, checkpoint.SETTING)
 
     def _check_room(self) -> None:
         """Raises DiskError when the checkpoints of the whole run will not fit."""
@@ -352,17 +351,17 @@ class Run:
         most = min(saves, settings.keep_checkpoints + 2)  # the resumed one, and one being written
         size = 3 * sum(p.nbytes for p in self.model.parameters())
         needed, what = size * max(most - there, 1), f"{most} checkpoints"
-        files.check_room(self.checkpoints, needed, what, checkpoint.SETTING)
+        files.check_free_space(self.checkpoints, needed, what, checkpoint.SETTING)
 
     def _start(self) -> None:
         if self.config.train.init == "reference":
             load_hf_weights(self.model, self.origin.weights)
         self._open_record()
-        if not processes.rank():
+        if not distributed.rank():
             (self.folder / "never_stopped.json").unlink(missing_ok=True)
 
     def _open_record(self) -> None:
-        kind = RowsAlone if processes.rank() else Record
+        kind = RowsAlone if distributed.rank() else Record
         settings, made_of = self.config.settings_of_run(), self.made_of | self.corpus.stamp
         self.record = kind(self.folder, self.step, made_of, settings)
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from workflow.errors import WorkflowError
-from workflow.training import processes
-from workflow.training.updater import share_of
+from workflow.training import distributed
+from workflow.training.step import share_of
 
 SHORT = (
     "train.batch_size=4",
@@ -149,7 +149,7 @@ def test_what_cannot_be_shared_is_told_in_one_line(torchrun, command, setting, w
 def test_the_shares_make_up_the_batch(monkeypatch):
     shares = []
     for rank in range(4):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         shares += list(range(12))[share_of(12, 3, 4)]
     assert shares == list(range(12))
     with pytest.raises(WorkflowError, match="12 is not a multiple of 4 processes times micro_"):
