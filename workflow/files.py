@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; folders have one writer; a full disk is said in one line."""
+"""Atomic writes, folders with one writer, free space, hashes; a full disk is one line."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from workflow.errors import BusyError, DiskError
 
-UNFINISHED = "*.tmp.*"  # NAME.tmp.PID, until it is whole
+TEMPORARY = "*.tmp.*"  # NAME.tmp.PID, until it is complete
 DAY = 86_400.0  # seconds
 
 
 @contextmanager
 def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
-    """A file beside `path` to write to; it takes that name once it is written and synced.
+    """A file next to `path` to write to; it is renamed to `path` once it is written and synced.
 
-    setting: the key of the YAML that says where it lies. needed: bytes, where they are known.
-    Raises DiskError; what was there before stays, and nothing half-written does.
+    setting: the key of the YAML that says where it is. needed: bytes, if known.
+    Raises DiskError; the file that was there before stays, and no partial file does.
     """
-    unfinished = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        with open(unfinished, "rb") as file:
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
         sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # of a full disk, torch makes a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise disk_error(path, setting, error, needed) from error
     finally:
         with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """So that a name survives a power cut; Windows has no such call."""
+    """So that a rename survives a power cut; Windows has no such call."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -52,14 +52,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text_atomic(path: Path, text: str, setting: str) -> None:
-    """Writes a small text file whole or not at all."""
-    with atomic_write(path, setting) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    """Writes a small text file, atomically."""
+    with atomic_write(path, setting) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def disk_errors(path: Path, setting: str) -> Iterator[None]:
-    """What goes wrong on the disk meanwhile becomes a DiskError."""
+    """An OSError inside becomes a DiskError."""
     try:
         yield
     except OSError as error:
@@ -67,52 +67,54 @@ def disk_errors(path: Path, setting: str) -> Iterator[None]:
 
 
 def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> DiskError:
-    there = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
+    existing = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     size = f", it takes {needed / 1e6:.1f} MB" if needed else ""
-    free = f"{shutil.disk_usage(there).free / 1e6:.1f} MB are free"
-    return DiskError(path, f"it cannot be written ({reason}){size}, {free}", mend(setting))
+    free = f"{shutil.disk_usage(existing).free / 1e6:.1f} MB are free"
+    return DiskError(path, f"it cannot be written ({reason}){size}, {free}", other_place(setting))
 
 
-def mend(setting: str) -> str:
+def other_place(setting: str) -> str:
     return f"free some room, or set another place: --set {setting}=PATH"
 
 
 def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None:
-    """Raises DiskError, with both figures, when `folder` has less than `needed` bytes free."""
+    """Raises DiskError, with both sizes, when `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         room = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise DiskError(folder, room, mend(setting))
+        raise DiskError(folder, room, other_place(setting))
 
 
 def remove_temporary_files(folder: Path, untouched: float = 0) -> None:
-    """Removes what a killed process left half written.
+    """Removes the partial files of a killed process.
 
-    untouched: for so many seconds, where the folder is not locked and others may be writing.
+    untouched: only those not written to for so many seconds; for folders that nobody locks.
     """
-    for path in folder.glob(UNFINISHED):
+    for path in folder.glob(TEMPORARY):
         if time.time() - path.stat().st_mtime >= untouched:
-            print(f"Removed {path.name}, which a killed process left half written")
+            print(f"Removed {path.name}, the partial file of a killed process")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def lock_folder(folder: Path, setting: str) -> BaseFileLock:
-    """Locks a folder, made if need be, for this process until `release` or its end.
+    """Creates a folder and locks it for this process until `release` or the process ends.
 
-    Raises BusyError, naming the holder, or DiskError.
+    The same process may lock it again: a notebook cell can run twice.
+    Raises BusyError, naming the process and host that hold it, or DiskError.
     """
-    held, holder = FileLock(folder / ".lock", timeout=0), folder / ".holder"
+    lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
+    holder = folder / ".holder"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held.acquire()
+        lock.acquire()
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:
         who = holder.read_text() if holder.is_file() else "another process"
         raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
     except OSError as error:
         raise disk_error(folder, setting, error) from error
-    return held
+    return lock
 
 
 def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
@@ -129,5 +131,5 @@ def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
 
 
 def weights_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The identity of a set of weights, whatever their order."""
+    """The identity of a set of weights, in any order."""
     return sha256_of(sorted(tensors.items()))

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from SmolLm3 import LlamaModel
-from workflow.analysis import evaluation
-from workflow.analysis.evaluation import Evaluation, comparison, evaluate, unigram_loss
+from workflow.analysis import Evaluation, compare_models, evaluate, evaluation, unigram_loss
+from workflow.data import load_corpus
 from workflow.proof.checks import copy_reference
-from workflow.training.origin import untrained
-from workflow.training.run import Run
+from workflow.training import initial_model, open_run
 
 
 @pytest.fixture
@@ -77,19 +76,22 @@ def test_figures_by_word_and_byte_follow_their_definitions(model):
     assert result.word_perplexity == pytest.approx(np.exp(result.loss / words_a_token), rel=1e-9)
 
 
-@pytest.mark.parametrize(("total", "window", "stride"), [(47, 20, 8), (40, 20, 20), (5, 9, 3)])
+@pytest.mark.parametrize(
+    ("total", "window", "stride"), [(47, 20, 8), (40, 20, 20), (41, 20, 20), (5, 9, 3), (9, 2, 1)]
+)
 def test_windows_score_every_token_that_has_context_once(total, window, stride):
     seen = []
-    for start, length, fresh in evaluation.windows(total, window, stride):
-        assert length <= window and start + length <= total
-        seen += range(start + length - fresh, start + length)
+    for batch, new in evaluation.windows(torch.arange(total), window, stride):
+        assert batch.shape[1] <= window and (batch.diff() == 1).all()
+        seen += batch[:, -new:].flatten().tolist()
     unscored = range(0, total, window) if stride == window else [0]
     assert seen == [place for place in range(total) if place not in unscored]
 
 
 def test_what_cannot_be_scored_is_refused(model):
-    with pytest.raises(ValueError, match="1 tokens are too few"):
-        evaluate(model, np.array([3]), window=20)
+    for tokens, window in ((np.array([3]), 20), (np.arange(50), 1)):
+        with pytest.raises(ValueError, match="1 tokens are too few"):
+            evaluate(model, tokens, window)
     with pytest.raises(ValueError, match="stride 21 must lie between 1 and window 20"):
         evaluate(model, np.arange(50), window=20, stride=21)
 
@@ -104,31 +106,28 @@ def test_a_comparison_has_a_row_for_each_model_on_each_text_with_its_protocol(mo
     ids = reference.tokenizer("some words of a text " * 9, add_special_tokens=False).input_ids
     texts = {"one": ids, "two": ids[:50]}
     models = {"before": model, "after": copy_reference(reference)}
-    found, table = comparison(models, texts, reference.tokenizer, 16)
+    found, table = compare_models(models, texts, reference.tokenizer, 16)
     assert found["two", "after"] == evaluate(
         models["after"], ids[:50], 16, text=reference.tokenizer.decode(ids[:50])
     )
-    head, *rows, protocol = table.splitlines()
-    assert [row.split()[:2] for row in rows] == [
-        ["one", "before"],
-        ["one", "after"],
-        ["two", "before"],
-        ["two", "after"],
-    ]
-    assert f"{found['one', 'after'].bits_per_byte:.4f}" == rows[1].split()[-1]
-    assert head.split()[:5] == ["text", "model", "tokens", "loss", "perplexity"]
-    assert protocol == "(windows of 16 tokens every 16)"
+    assert list(table.index) == list(found) == [(t, m) for t in texts for m in models]
+    assert float(table.loc[("one", "after"), "bits_per_byte"]) == pytest.approx(
+        found["one", "after"].bits_per_byte, rel=1e-4
+    )
+    assert list(table.columns[:3]) == ["tokens", "loss", "perplexity"]
+    assert set(table["protocol"]) == {"windows of 16 tokens every 16"}
 
 
 @pytest.mark.parametrize("init", ["scratch", "reference"])
-def test_an_untrained_model_is_that_of_the_first_step(config, reference, init):
+def test_the_initial_model_is_that_of_the_first_step(config, reference, init):
     train = config.train.model_copy(update={"init": init})
     config = config.model_copy(update={"train": train})
     state = torch.get_rng_state()
-    model = untrained(config, reference)
+    model = initial_model(config, reference)
     assert torch.equal(state, torch.get_rng_state())
-    run = Run(config, reference)
-    assert all(map(torch.equal, model.parameters(), run.model.parameters()))
+    tokenizer = reference.tokenizer.backend_tokenizer
+    run = open_run(config, reference, load_corpus(config, tokenizer, reference.end_of_text))
+    assert all(map(torch.equal, model.parameters(), run.trainer.model.parameters()))
     run.close()
 
 
@@ -136,3 +135,9 @@ def test_a_text_of_endless_words_or_none_has_figures_all_the_same():
     endless = Evaluation(5.0, 10, "windows", words=1e-6, bytes=1.0)
     assert endless.word_perplexity == math.inf and "inf" in str(endless)
     assert math.isnan(Evaluation(5.0, 10, "windows").word_perplexity)
+
+
+def test_an_absurd_figure_is_short_in_the_table(model, reference):
+    ids = np.zeros(64, dtype=np.int64)  # one word of 64 tokens
+    _, table = compare_models({"m": model}, {"t": ids}, reference.tokenizer, 16)
+    assert len(table["word_perplexity"].item()) < 12

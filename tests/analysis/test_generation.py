@@ -1,4 +1,4 @@
-"""Sampling is transformers' own; text comes piece by piece, and ends where it should."""
+"""Sampling equals that of transformers; text comes in pieces, and ends where it should."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from SmolLm3 import LlamaModel, token_probabilities
-from workflow.analysis.generation import Decoder, prompt_ids, sampling, text_pieces
+from workflow.analysis import prepare_for_generation, prompt_ids, sampling_options, stream_text
 from workflow.errors import WorkflowError
 
 
@@ -85,33 +85,41 @@ def test_top_k_of_one_is_greedy(model):
     assert torch.equal(model.generate(prompt, 20, 1.0, top_k=1), model.generate(prompt, 20))
 
 
-def scripted(model, ids):
-    """A decoder that says exactly `ids`."""
-    decoder = Decoder(model)
-    decoder.stream = lambda *_, **options: iter(torch.tensor(ids)[:, None])
-    return decoder
+def pieces(model, tokenizer, prompt: str, ids: list[int]) -> list[str]:
+    """What is shown of a model that generates exactly `ids`."""
+    model.stream = lambda *_, **options: iter(torch.tensor(ids)[:, None])
+    prompt = prompt_ids(tokenizer, prompt, chat=False)
+    return list(stream_text(model, tokenizer, prompt, len(ids), {}))
 
 
-def test_half_a_character_waits_for_the_rest(model, reference):
-    backend = reference.tokenizer.backend_tokenizer
-    ids = backend.encode("né!").ids
+@pytest.mark.parametrize("prompt", ["x", "é", "\ufffd"])
+def test_an_incomplete_character_waits_for_the_rest(model, reference, prompt):
+    ids = reference.tokenizer.backend_tokenizer.encode("né!").ids
     assert len(ids) == 4
-    pieces = list(text_pieces(scripted(model, ids), reference.tokenizer, [3], 4, {}))
-    assert pieces == ["n", "é", "!"]
+    assert pieces(model, reference.tokenizer, prompt, ids) == ["n", "é", "!"]
 
 
-def test_half_a_character_at_the_end_does_not_hide_the_whole_ones_before_it(model, reference):
+@pytest.mark.parametrize(("kept", "shown"), [(2, ["n"]), (1, [])])
+def test_an_incomplete_character_at_the_end_does_not_hide_those_before_it(
+    model, reference, kept, shown
+):
     backend = reference.tokenizer.backend_tokenizer
-    ids = backend.encode("né").ids[:2]
-    assert list(text_pieces(scripted(model, ids), reference.tokenizer, [3], 2, {})) == ["n"]
+    joined = backend.encode("né").ids[:2]
+    assert pieces(model, reference.tokenizer, "x", joined[2 - kept :]) == shown
 
 
-def test_asking_for_a_filter_is_asking_for_draws():
+def test_a_token_that_ends_within_a_character_shows_its_whole_ones(model, reference):
+    ids = reference.tokenizer.backend_tokenizer.encode("né").ids
+    shown = pieces(model, reference.tokenizer, "x", [ids[1], ids[0], ids[1]])
+    assert shown == ["\ufffdn"]
+
+
+def test_a_filter_without_a_temperature_samples_at_one():
     greedy = {"temperature": 0.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
-    assert sampling(None, None, 1.0, 0.0) == greedy
-    assert sampling(None, 5, 1.0, 0.0)["temperature"] == 1.0
-    assert sampling(0.3, None, 0.9, 0.0)["temperature"] == 0.3
-    assert sampling(0.0, 5, 1.0, 0.0)["temperature"] == 0.0
+    assert sampling_options(None, None, 1.0, 0.0) == greedy
+    assert sampling_options(None, 5, 1.0, 0.0)["temperature"] == 1.0
+    assert sampling_options(0.3, None, 0.9, 0.0)["temperature"] == 0.3
+    assert sampling_options(0.0, 5, 1.0, 0.0)["temperature"] == 0.0
 
 
 def test_no_temperature_is_too_low():
@@ -122,7 +130,7 @@ def test_no_temperature_is_too_low():
 def test_the_text_ends_before_a_stop_token(model, reference):
     backend = reference.tokenizer.backend_tokenizer
     ids = [*backend.encode("ab").ids, reference.end_of_text, *backend.encode("c").ids]
-    assert "".join(text_pieces(scripted(model, ids), reference.tokenizer, [3], 9, {})) == "ab"
+    assert "".join(pieces(model, reference.tokenizer, "x", ids)) == "ab"
 
 
 def test_a_chat_needs_a_template(reference):
@@ -130,7 +138,7 @@ def test_a_chat_needs_a_template(reference):
         prompt_ids(reference.tokenizer, "Hello", chat=True)
 
 
-def test_a_chat_is_told_in_the_tokenizers_own_template(reference):
+def test_a_chat_uses_the_tokenizers_own_template(reference):
     reference.tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -139,28 +147,24 @@ def test_a_chat_is_told_in_the_tokenizers_own_template(reference):
     assert reference.tokenizer.decode(ids) == "<user>Hi<assistant>"
 
 
-def test_a_decoder_says_what_the_model_says(model):
+def test_a_prepared_model_is_the_same_model_stored_by_columns(model):
     prompt = torch.tensor([[3, 5, 7, 11], [2, 4, 6, 8]])
-    expected, before = model.generate(prompt, 20), model.embed_tokens.weight.clone()
-    new = list(Decoder(model).stream(prompt, 20))
-    assert torch.equal(torch.cat([prompt, torch.stack(new, dim=1)], dim=1), expected)
-    assert torch.equal(model.embed_tokens.weight, before)  # laid out in another way only
-    assert model.embed_tokens.weight.stride() == (1, before.shape[0])
-    assert model.lm_head.weight is model.embed_tokens.weight
+    text, logits = model.generate(prompt, 20), model(prompt)
+    before = model.embed_tokens.weight.clone()
+    prepared = prepare_for_generation(model)
+    assert torch.equal(prepared.generate(prompt, 20), text)
+    assert (prepared(prompt) - logits).abs().max() < 1e-5  # rounding only
+    assert torch.equal(prepared.embed_tokens.weight, before)
+    assert prepared.embed_tokens.weight.stride() == (1, before.shape[0])
+    assert prepared.lm_head.weight is prepared.embed_tokens.weight
 
 
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_a_decoder_in_bfloat16_takes_the_prompt_in_float32(model, length, monkeypatch):
-    decoder = Decoder(model, torch.bfloat16)
+def test_in_bfloat16_a_copy_generates(model, length):
     prompt = torch.arange(3, 3 + length)[None]
-    first = model(prompt)[:, -1]
-    seen = []
-    monkeypatch.setattr(
-        decoder.low.lm_head,
-        "forward",
-        lambda x: (seen.append(y := x @ decoder.low.lm_head.weight.T), y)[1],
-    )
-    assert len(list(decoder.stream(prompt, 6))) == 6
-    assert seen[0].dtype == torch.bfloat16
-    assert 0 < (seen[0].float() - first).abs().max() < 0.05 * first.abs().max()
-    assert model.embed_tokens.weight.dtype == torch.float32
+    rounded, exact = prepare_for_generation(model, torch.bfloat16), model(prompt)
+    logits = rounded(prompt)
+    assert logits.dtype == torch.bfloat16 and model.embed_tokens.weight.dtype == torch.float32
+    assert rounded.lm_head.weight is rounded.embed_tokens.weight
+    assert 0 < (logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
+    assert len(list(rounded.stream(prompt, 6))) == 6

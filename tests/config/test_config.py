@@ -6,14 +6,14 @@ import pytest
 
 from conftest import ROOT
 from SmolLm3 import ModelConfig
-from workflow.config.load import load_config, parse_yaml
+from workflow.config import load_config, parse_yaml
 from workflow.errors import ConfigError, WorkflowError
 
 YAML = ROOT / "SmolLm3_Config.yaml"
 
 
 @pytest.mark.parametrize("profile", ["full", "pretrain", "cpu", "quick", "ci"])
-def test_every_profile_is_whole(profile):
+def test_every_profile_is_complete(profile):
     config = load_config(YAML, profile)
     assert (config.train.steps, config.train.resume_steps) == (5000, 50)
     assert config.train.schedule_steps >= config.last_step
@@ -45,7 +45,7 @@ def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the
     assert load_config(YAML).profile == "full"
 
 
-def test_overrides_come_from_the_environment_then_from_the_argument_and_are_told(monkeypatch):
+def test_overrides_come_from_the_environment_then_from_the_argument_and_are_printed(monkeypatch):
     monkeypatch.setenv("SMOLLM_SET", "train.steps=7 'data.source=my texts'")
     config = load_config(YAML, "ci")
     assert (config.train.steps, config.data.source) == (7, "my texts")
@@ -78,17 +78,21 @@ def test_overrides_come_from_the_environment_then_from_the_argument_and_are_told
         ("members.tiny.architecture.hidden_size=33", "hidden_size 33 is not divisible"),
         ("train.model=nope", "train.model is 'nope', which is no row of members: SmolLM2-135M"),
         ("train.model=small", "vocab_size 49152, the tokenizer of 'tiny' has 257"),
-        ("train.sequence_length=1024", "sequence_length 1024 exceeds max_position_embeddings 512"),
+        (
+            "train.sequence_length=1024",
+            "sequence_length is 1024, more than max_position_embeddings = 512",
+        ),
         (
             "train.decay_steps=6000",
-            "decay_steps 6000 exceeds schedule_steps 5050 less",
+            "decay_steps is 6000, more than schedule_steps - warmup_steps = 4950",
         ),
-        ("train.batch_size=999999999", "is 31999999968 tokens, over 16777216"),
-        ("rehearsal.save_at=10", "rehearsal.save_at 10 is not below steps 10"),
+        ("train.validation_tokens=10", "sequence_length is 32, more than validation_tokens = 10"),
+        ("train.batch_size=999999999", "is 31999999968, more than 2^24 = 16777216"),
+        ("rehearsal.save_at=10", "rehearsal.save_at is 10, more than rehearsal.steps - 1 = 9"),
         ("nonsense", "--set nonsense: this is not key=value"),
     ],
 )
-def test_a_wrong_setting_is_one_line_with_key_value_and_mend(override, words, monkeypatch):
+def test_a_wrong_setting_is_one_line_with_key_value_and_fix(override, words, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         load_config(YAML, "ci", [override])
@@ -101,6 +105,7 @@ def test_a_wrong_setting_is_one_line_with_key_value_and_mend(override, words, mo
     [
         ("1e-3", 1e-3),
         ("010", 10),
+        ("0o17", 15),
         ("no", "no"),
         ("true", True),
         ("-2", -2),
@@ -116,20 +121,35 @@ def test_yaml_scalars_are_read_as_written(text, value):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"a: 1\nb: 2\na: 3\n", "line 3: this is not valid YAML here: key 'a' stands twice"),
+        (b"a: 1\nb: 2\na: 3\n", 'line 3: this is not valid YAML here: found duplicate key "a"'),
         (b"a: [1, 2\n", "this is not valid YAML here"),
         (b"- 1\n- 2\n", "it holds a list, expected a table"),
         (b"", "it holds nothing"),
-        (b"a: \xff\n", "byte 3 is not UTF-8"),
+        (b"a: \xff\n", "it cannot be read: 'utf-8' codec can't decode byte 0xff in position 3"),
+        (b"profiles: {ci: {}}\n? [b]\n: 2\n", "keys are words"),
+        (b"profiles: {ci: {}}\na: &a [*a]\n", "no table contains itself"),
         (b"a: !!python/object:os.system {}\n", "this is not valid YAML here"),
     ],
 )
 def test_a_file_that_is_no_table_of_settings_is_refused(tmp_path, content, words):
     (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        load_config(tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match="there is no such file"):
+    with pytest.raises(WorkflowError, match=re.escape(words)):
+        load_config(tmp_path / "config.yaml", "ci")
+
+
+def test_an_absent_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"it cannot be read: .*No such file.*; run from the"):
         load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("text", ["!!int a", "!!float ''", "!!bool x", "9" * 5000, "[" * 3000])
+def test_a_value_that_is_not_what_its_tag_says_is_refused(text):
+    with pytest.raises(ConfigError, match=r"^here: this is not valid YAML here: .*; fix that line"):
+        parse_yaml(text, "here")
+
+
+def test_anchors_and_merge_keys_are_understood():
+    assert parse_yaml("a: &a {b: 1}\nc: *a\nd: {<<: *a, e: 2}", "here")["d"] == {"b": 1, "e": 2}
 
 
 def test_a_run_is_named_after_all_that_determines_it():

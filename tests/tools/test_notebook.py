@@ -1,4 +1,4 @@
-"""The notebook tells the story, calls, shows and asserts; it defines nothing."""
+"""main.ipynb calls, shows and asserts; `main.py run` executes it, and stops when asked to."""
 
 import ast
 import contextlib
@@ -18,7 +18,7 @@ from jupyter_client.manager import start_new_kernel
 
 from conftest import ROOT
 from workflow.tools import stamp
-from workflow.tools.notebook import SKIPPED, run_cells
+from workflow.tools.notebook import SKIPPED
 
 NOTEBOOK = nbformat.read(ROOT / "main.ipynb", as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
@@ -32,7 +32,7 @@ def test_the_notebook_defines_nothing_and_its_cells_are_short():
     lengths = sorted(len(cell.source.splitlines()) for cell in CODE)
     assert lengths[-1] <= 15
     assert lengths[len(lengths) // 2] <= 7
-    assert 20 <= len(CODE) <= 25
+    assert 20 <= len(CODE) <= 32
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in CODE) == 1
 
 
@@ -58,25 +58,23 @@ def test_what_the_notebook_shows_was_made_by_the_code_above_it():
 
 
 def printed(text: str) -> list[str]:
-    """The lines of a story, without progress bars, dates and measured times."""
+    """The lines of a text, without progress bars, dates and measured times."""
     lines = (line.rpartition("\r")[2].strip() for line in text.splitlines())
     return [
         line
         for line in lines
-        if line and not re.search(r"\d+%\||^About | rungs in |^peak memory|^made |^steps \d", line)
+        if line and not re.search(r"\d+%\||^About | checks in |^peak memory|^made |^steps \d", line)
     ]
+
+
+SMOKE_TEST = r"Smoke test ci-rehearsal-\w+: read from its log"
+RUN = ("main.py", "run", "--profile", "ci")
 
 
 def run(story, *command: str) -> str:
     environment = os.environ | {"SMOLLM_PROFILE": "ci"}
-    result = subprocess.run(
-        [sys.executable, *command],
-        cwd=story,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    options = {"cwd": story, "env": environment, "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, *command], timeout=400, **options)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return result.stdout
 
@@ -86,73 +84,88 @@ def outputs(notebook) -> str:
     return "".join(output.text for output in streams if output.output_type == "stream")
 
 
-def test_notebook_and_script_tell_the_same_story(story):
-    """Both do all 5050 steps of the ci profile; the notebook then runs again, over its record."""
-    shown = run(story, "-m", "workflow.tools.notebook")
+def test_the_notebook_is_executed_then_replayed(story):
+    """All 5050 steps of the ci profile, live; the second time nothing is trained."""
+    shown = run(story, *RUN, "--in-place")
     (folder,) = (story / "runs").glob("ci-[0-9a-f]*")
     executed = nbformat.read(folder / "main.ipynb", as_version=4)
+    assert nbformat.read(story / "main.ipynb", as_version=4) == executed
     kept = printed(outputs(executed))
     assert f"Run folder: runs/{folder.name}" in kept
     assert "Step: 5000, Train Loss" in "\n".join(kept)
     assert "50 steps, largest difference of a loss: 0.0" in kept
     assert set(kept) <= set(printed(shown))  # it could be followed in the terminal
+    assert f"Made:\n  runs/{folder.name}/main.html" in shown
     assert (folder / "main.html").stat().st_size > 100_000
     assert {file.name for file in (story / "checkpoints" / folder.name).glob("*.pt")} >= {
         "checkpoint_5000.pt",
         "checkpoint_5050.pt",
     }
-    pictures = [
-        output
-        for cell in executed.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(pictures) >= 3
+    displayed = (output for cell in executed.cells for output in cell.get("outputs", []))
+    assert sum("image/png" in output.get("data", {}) for output in displayed) >= 3
 
-    again = printed(run(story, "-m", "workflow.tools.notebook"))
+    again = printed(run(story, *RUN))
     assert any(line.endswith("resuming from checkpoint_5050.pt") for line in again)
-    assert "already at step 5050; from the record:" in again
-    assert any(re.fullmatch(r"Rehearsal ci-rehearsal-\w+: told from the record", x) for x in again)
+    assert any(line.startswith("already at step 5050; ") for line in again)
+    assert any(re.fullmatch(SMOKE_TEST, line) for line in again)
     shown_steps = r"Step: \d+00, Train Loss|.*global step 50\d\d"
     losses = [line for line in kept if re.match(shown_steps, line)]
     assert len(losses) == 50 + 5
     assert set(losses) <= set(again)
 
-    (story / "runs").rename(story / "runs of the notebook")
-    (story / "checkpoints").rename(story / "checkpoints of the notebook")
-    assert printed(run(story, "main.py", "run")) == kept
+
+def write_cells(story, *sources: str) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
 
 
-def test_cells_run_as_a_script_take_parameters_and_skip_what_is_for_readers(tmp_path):
-    notebook = nbformat.v4.new_notebook()
-    cells = [("X = 1", ["parameters"]), ("Y = X + 1", []), ("%magic", [SKIPPED])]
-    notebook.cells = [
-        nbformat.v4.new_code_cell(source, metadata={"tags": tags}) for source, tags in cells
-    ]
-    nbformat.write(notebook, tmp_path / "story.ipynb")
-    assert run_cells(tmp_path / "story.ipynb")["Y"] == 2
-    assert run_cells(tmp_path / "story.ipynb", {"X": 5})["Y"] == 6
-
-
-def test_a_notebook_that_fails_is_kept_and_said(story):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("print(1)\n1 / 0")])
+def test_profile_and_settings_reach_the_notebook_and_readers_cells_are_skipped(story):
+    write_cells(story, "from workflow.config import load_config", "print(load_config())", "%no")
+    notebook = nbformat.read(story / "main.ipynb", as_version=4)
+    notebook.cells[2].metadata["tags"] = [SKIPPED]
     nbformat.write(notebook, story / "main.ipynb")
-    result = subprocess.run(
-        [sys.executable, "-m", "workflow.tools.notebook"], cwd=story, capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(
-        "error: main.ipynb: ZeroDivisionError: division"
-    )
+    environment = os.environ | {"SMOLLM_SET": "run.seed=1 train.steps=8"}
+    command = [sys.executable, *RUN, "--set", "train.steps=9"]
+    shown = subprocess.check_output(command, cwd=story, env=environment, text=True)
+    changed = "changed: run.seed=1, train.steps=8, train.steps=9"
+    assert f"Profile ci: as SMOLLM_PROFILE says; {changed}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "words"),
+    [
+        ("1 / 0", 1, "ZeroDivisionError: division by zero; see how far"),
+        ("raise errors.SourceError('a', 'b', 'c')", 5, "SourceError: a: b; c; see how far"),
+    ],
+)
+def test_a_notebook_that_fails_is_kept_and_its_error_is_one_line(story, source, code, words):
+    write_cells(story, f"from workflow import errors\nprint(1)\n{source}")
+    result = subprocess.run([sys.executable, *RUN], cwd=story, capture_output=True, text=True)
+    assert result.returncode == code
+    assert result.stderr.splitlines()[-1].startswith(f"error: main.ipynb: {words}")
     kept = nbformat.read(story / "runs" / "failed.ipynb", as_version=4)
     assert kept.cells[0].outputs[0].text == "1\n"
 
 
+def test_a_wrong_setting_is_refused_before_the_kernel_starts(here, story):
+    code, _, error = here("run", "--set", "train.steps=-1")
+    assert code == 2 and "train.steps: -1 does not fit" in error
+    assert not (story / "runs").exists()
+
+
+def test_without_its_notebook_it_says_so_in_one_line(here, story):
+    (story / "main.ipynb").unlink()
+    code, _, error = here("run")
+    assert code == 2 and error.startswith("error: main.ipynb: there is no such file; ")
+
+
 # --- stops ----------------------------------------------------------------------------------------
 
-
-OPENING = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "run = Run(")
-TRAINING = "run.until(config.train.steps)"
+OPENING = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "load_corpus(")
+OPENING += ("open_run(",)
+TRAINING = "run.train(config.train.steps)"
+RESUMING, COMPARED = "resume_run(", "assert resumed == "
+STOPPED_LINE = "Stopped; the same command continues\n"
 
 
 def cell_with(part: str) -> nbformat.NotebookNode:
@@ -172,11 +185,11 @@ def alive(story) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_goes_on(story):
+def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_continues(story):
     cells = [cell_with(part).copy() for part in (*OPENING, TRAINING)]
     cells[0].source = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.print_every=50']"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
-    command = [sys.executable, "-m", "workflow.tools.notebook"]
+    command = [sys.executable, *RUN]
     for moment, number in (("Step: 300,", signal.SIGTERM), ("Step: 800,", signal.SIGINT)):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, cwd=story, **pipes) as process:
@@ -185,21 +198,12 @@ def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_goes_on(st
             rest, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert re.search(r"^Saved checkpoint_\d+\.pt$", rest, re.MULTILINE)
-        assert errors == "Stopped; run it again, and it goes on\n"
+        assert errors == STOPPED_LINE
         assert alive(story) == []
     run(story, *command[1:])
     (record,) = (story / "runs").glob("ci-[0-9a-f]*/metrics.jsonl")
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 1501))
-
-
-def test_without_its_notebook_it_says_so_in_one_line(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "workflow.tools.notebook"]
-    pipes = {"capture_output": True, "text": True}
-    result = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: main.ipynb: there is no such file; ")
 
 
 def test_a_second_signal_ends_a_kernel_that_does_not_stop(story):
@@ -211,18 +215,15 @@ while True:
         time.sleep(60)
     except KeyboardInterrupt:
         pass"""
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    nbformat.write(notebook, story / "main.ipynb")
+    write_cells(story, source)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(
-        [sys.executable, "-m", "workflow.tools.notebook"], cwd=story, **pipes
-    ) as process:
+    with subprocess.Popen([sys.executable, *RUN], cwd=story, **pipes) as process:
         for _ in range(2):
             assert process.stdout.readline() == "at work\n"
             process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == "Stopped; run it again, and it goes on\n"
+    assert errors == STOPPED_LINE
     assert alive(story) == []
 
 
@@ -254,12 +255,12 @@ class Kernel:
 
     def run_all(self, **settings) -> str:
         """Run All Cells; nothing may fail."""
-        told = ""
+        everything = ""
         for cell in EXECUTED:
             printed, error = self.run(self.with_settings(cell.source, **settings))
             assert error == "", f"{cell.source}\n{error}"
-            told += printed
-        return told
+            everything += printed
+        return everything
 
     @staticmethod
     def with_settings(source: str, **settings) -> str:
@@ -286,7 +287,6 @@ SETTINGS = {
     "proof.new_tokens": 8,
 }
 SHORT = {"PROFILE": "ci", "OVERRIDES": [f"{key}={value}" for key, value in SETTINGS.items()]}
-STOPPED, COMPARED = "run = Run.resume(", "assert resumed == never_stopped"
 
 
 def losses(story) -> dict[int, float]:
@@ -305,27 +305,27 @@ def test_each_long_cell_can_be_stopped_and_run_again_and_all_of_them_too(story, 
     for part, moment, saved in (
         (TRAINING, "Step: 200,", True),
         (TRAINING, None, True),
-        (STOPPED, 0.5, False),  # while it is carried on, unlogged
-        (STOPPED, "Resume Loss", True),
-        (STOPPED, None, True),
+        (RESUMING, 0.5, False),  # while it continues, unlogged
+        (RESUMING, "Resume Loss", True),
+        (RESUMING, None, True),
     ):
-        told, error = kernel.run(cell_with(part).source, interrupt_at=moment)
+        shown, error = kernel.run(cell_with(part).source, interrupt_at=moment)
         assert error.startswith("KeyboardInterrupt" if moment else "") and bool(moment) == bool(
             error
         )
-        assert saved == ("Saved checkpoint_" in told), told
-    told, error = kernel.run(cell_with(COMPARED).source)
-    assert error == "" and "300 steps, largest difference of a loss: 0.0" in told
+        assert saved == ("Saved checkpoint_" in shown), shown
+    shown, error = kernel.run(cell_with(COMPARED).source)
+    assert error == "" and "300 steps, largest difference of a loss: 0.0" in shown
     stopped = losses(story)
     assert list(stopped) == list(range(1, 701))
 
-    told = kernel.run_all(**SHORT)
-    assert "already at step 700; from the record:" in told
+    first = kernel.run_all(**SHORT)
+    assert "already at step 700; " in first
     again = kernel.run_all(**SHORT)
-    (line,) = set(printed(again)) - set(printed(told))
-    assert re.fullmatch(r"Rehearsal ci-rehearsal-\w+: told from the record", line)
+    (line,) = set(printed(again)) - set(printed(first))
+    assert re.fullmatch(SMOKE_TEST, line)
     alone, error = kernel.run(cell_with(TRAINING).source)
-    assert error == "" and alone in told
+    assert error == "" and alone in first
     assert losses(story) == stopped
 
     shutil.rmtree(story / "runs"), shutil.rmtree(story / "checkpoints")
@@ -338,12 +338,8 @@ def test_an_error_has_the_same_words_in_the_notebook_and_on_the_command_line(sto
     for part in OPENING[:2]:
         kernel.run(kernel.with_settings(cell_with(part).source, OVERRIDES=["train.steps=-1"]))
     _, error = kernel.run(cell_with("load_config(").source)
-    result = subprocess.run(
-        [sys.executable, "main.py", "train", "--set", "train.steps=-1"],
-        cwd=story,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "main.py", "train", "--set", "train.steps=-1"]
+    result = subprocess.run(command, cwd=story, capture_output=True, text=True)
     assert result.stderr == f"error: {error.partition(': ')[2]}\n"
 
 

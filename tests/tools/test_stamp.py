@@ -1,6 +1,9 @@
-"""The stamp tells which code, and which steps were computed when."""
+"""The stamp says which code made a notebook, and which steps were computed when."""
+
+from types import SimpleNamespace
 
 import nbformat
+import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from conftest import ROOT
@@ -20,20 +23,22 @@ def test_the_hash_is_of_the_code_cells_alone(tmp_path):
     assert stamp.cells_sha256(file) != before
 
 
-def test_steps_are_told_by_who_computed_them():
+def test_steps_are_listed_by_when_and_by_which_commit_they_were_computed():
     rows = [
         {"step": 0, "began": "Monday", "commit": "a"},
         {"step": 1, "loss": 2.0},
         {"step": 7, "began": "Tuesday", "commit": "b"},
     ]
-    assert stamp.hands(rows, 9) == {
-        "steps 1 to 7": "from Monday at commit a",
-        "steps 8 to 9": "from Tuesday at commit b",
-    }
-
-
-def test_the_commit_is_that_of_the_checkout_or_said_to_be_unknown(tmp_path, monkeypatch):
-    known = stamp.commit()
-    assert len(known.rstrip("+")) == 10 if (ROOT / ".git").exists() else "unknown" in known
-    monkeypatch.setattr(stamp, "ROOT", tmp_path)
-    assert stamp.commit() == "unknown (no git checkout)"
+    run = SimpleNamespace(
+        config=SimpleNamespace(device=torch.device("cpu")),
+        name="ci-12345678",
+        provenance={"name": "random weights", "weights_sha256": "1" * 64},
+        corpus=SimpleNamespace(name="input.txt", text_sha256="2" * 64),
+        history=rows,
+        global_step=9,
+    )
+    lines = stamp.stamp(ROOT / "main.ipynb", run).splitlines()
+    assert "steps 1 to 7       from Monday at commit a" in lines
+    assert "steps 8 to 9       from Tuesday at commit b" in lines
+    assert "weights            random weights, sha256 1111111111111111" in lines
+    assert lines[-1] == f"code cells sha256  {stamp.cells_sha256(ROOT / 'main.ipynb')}"

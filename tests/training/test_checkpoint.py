@@ -1,12 +1,14 @@
-"""Write whole, read verified."""
+"""Checkpoints: written atomically, read only when undamaged."""
 
 import zipfile
 
 import pytest
 import torch
 
-from workflow.errors import CheckpointError, DamagedError
-from workflow.training import checkpoint, randomness
+import torture
+from workflow.errors import CheckpointError, DamagedError, NonFiniteError
+from workflow.training import checkpoint, resume
+from workflow.training.directory import RunDirectory
 
 
 @pytest.fixture
@@ -15,12 +17,12 @@ def state() -> dict:
         "step": 7,
         "model": {"weight": torch.randn(64, 64)},
         "optimizer": {"state": {}, "param_groups": []},
-        "random": randomness.random_states(),
+        "random": resume.random_states(),
         "data": {"text_sha256": "ab"},
         "config": {"seed": 1},
         "tokenizer": {"end_of_text": 0},
         "reference": {"name": "random"},
-        "environment": randomness.environment(torch.device("cpu")),
+        "environment": resume.environment(torch.device("cpu")),
     }
 
 
@@ -63,15 +65,21 @@ def test_a_changed_value_is_told_by_the_digest(tmp_path, state):
         checkpoint.save(path, state)
         whole = torch.load(path, weights_only=True)
         torch.save(whole | {part: value}, path)
-        with pytest.raises(DamagedError, match="not those of its digest"):
+        with pytest.raises(DamagedError, match="do not match its digest"):
             checkpoint.load(path)
 
 
-def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, state):
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path, state, monkeypatch):
     state["model"]["weight"][3, 4] = float("inf")
-    checkpoint.save(tmp_path / "checkpoint_7.pt", state)
+    path = tmp_path / "checkpoint_7.pt"
+    with pytest.raises(NonFiniteError, match=r"model\.weight is not finite at step 7, nothing is"):
+        checkpoint.save(path, state)
+    assert not path.exists()
+    monkeypatch.setattr(checkpoint, "not_finite", lambda state: [])
+    checkpoint.save(path, state)
+    monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"model\.weight holds NaN or inf"):
-        checkpoint.load(tmp_path / "checkpoint_7.pt")
+        checkpoint.load(path)
 
 
 def test_a_format_of_another_release_is_no_reason_to_start_anew(tmp_path, state, monkeypatch):
@@ -99,37 +107,78 @@ def test_foreign_weights_say_what_they_can_be_used_for(tmp_path):
         checkpoint.load(path)
 
 
-def test_names_lose_what_wrappers_put_before_them_with_one_note(tmp_path, capsys):
-    weight = torch.zeros(1)
-    for prefix in ("_orig_mod.", "module.", "module._orig_mod."):
-        named = checkpoint.canonical({f"{prefix}embed_tokens.weight": weight}, tmp_path)
-        assert list(named) == ["model.embed_tokens.weight"]
-        assert capsys.readouterr().out.count("Note: ") == 1
-    assert list(checkpoint.canonical({"model.norm.weight": weight}, tmp_path)) == [
-        "model.norm.weight"
-    ]
-    assert capsys.readouterr().out == ""
-
-
 def test_the_newest_whole_checkpoint_is_found(tmp_path, state, capsys):
     for step in (900, 1000, 95):
         checkpoint.save(tmp_path / f"checkpoint_{step}.pt", state | {"step": step})
     (tmp_path / "checkpoint_1000.pt").write_bytes(b"half")
     path, found = checkpoint.newest(tmp_path)
     assert (path.name, found["step"]) == ("checkpoint_900.pt", 900)
-    assert "passed over" in capsys.readouterr().out
+    assert "Skipped a damaged checkpoint" in capsys.readouterr().out
     assert checkpoint.newest(tmp_path / "absent") is None
     with pytest.raises(CheckpointError, match=r"resume from checkpoint_900\.pt"):
         checkpoint.load(tmp_path / "checkpoint_1000.pt")
     for step in (95, 900):
         (tmp_path / f"checkpoint_{step}.pt").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="none of its 3 checkpoints is whole"):
+    with pytest.raises(CheckpointError, match="all of its 3 checkpoints are damaged"):
         checkpoint.newest(tmp_path)
 
 
-def test_old_checkpoints_go_the_newest_and_milestones_stay(tmp_path):
-    for step in (*range(1000, 6000, 1000), 9000):
-        checkpoint.path_of(tmp_path, step).touch()
-    checkpoint.prune(tmp_path, step=5000, keep=2, kept={1000, None})
-    # 9000, whatever it is, counts for nothing and is left alone
-    assert sorted(checkpoint.found(tmp_path)) == [1000, 4000, 5000, 9000]
+def test_old_checkpoints_go_the_newest_and_milestones_stay(tmp_path, state):
+    for step in (*range(1000, 5000, 1000), 9000):
+        checkpoint.checkpoint_path(tmp_path, step).touch()
+    directory = RunDirectory(tmp_path)
+    directory.save(state | {"step": 5000}, keep=2, milestones={1000})
+    directory.close()
+    # 9000, whatever it is, does not count and is left alone
+    assert checkpoint.steps_in(tmp_path) == [9000, 5000, 4000, 1000]
+
+
+def test_files_that_torch_writes_pass(tmp_path):
+    path = tmp_path / "file.pt"
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    for content in ({"w": parameter}, [torch.zeros(2, 0), 1, "x", None, 2.5], torch.arange(3)):
+        torch.save(content, path)
+        assert checkpoint.check_archive(path) is None
+
+
+def test_hostile_files_are_refused_run_nothing_and_take_no_memory(tmp_path):
+    assert torture.hostile(tmp_path)["hostile files"] > 40
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "it is empty"),
+        (b"step 5000\n", "it is a text file"),
+        (b"  <!DOCTYPE html>", "it is an HTML page"),
+        (b"version https://git-lfs.github.com/spec/v1", "type git lfs pull"),
+        (b"\x80\x04]", "it is a plain pickle"),
+        (b"PK\x03\x04 and no more", "it is damaged"),
+    ],
+)
+def test_what_a_file_looks_like_is_said(tmp_path, content, words):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(DamagedError, match=words):
+        checkpoint.check_archive(tmp_path / "x.pt")
+
+
+def test_what_is_not_there_or_no_file_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        checkpoint.check_archive(tmp_path / "absent.pt")
+    with pytest.raises(CheckpointError, match="it cannot be read"):
+        checkpoint.check_archive(tmp_path)
+
+
+def test_a_size_that_the_file_cannot_have_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"w": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        place = archive.start_dir
+        (record,) = [r for r in archive.infolist() if r.filename.endswith("data/0")]
+        size = record.file_size.to_bytes(4, "little")
+    raw = bytearray(path.read_bytes())
+    while (place := raw.find(size + size, place)) > 0:  # both sizes, in the directory
+        raw[place : place + 8] = (2_000_000_000).to_bytes(4, "little") * 2
+    path.write_bytes(raw)
+    with pytest.raises(DamagedError, match="its records claim"):
+        checkpoint.check_archive(path)

@@ -12,17 +12,18 @@ from workflow.training import checkpoint
 
 ONE_PROCESS = """
 import sys
-from workflow.config.load import load_config
-from workflow.reference.load import load_reference
-from workflow.training.run import Run
+from workflow.config import load_config
+from workflow.data import load_corpus
+from workflow.reference import load_reference
+from workflow.training import open_run
 
 overrides = ["paths.checkpoints=straight", "paths.runs=straight", *sys.argv[2:]]
 config = load_config(profile=sys.argv[1], overrides=overrides)
-source = config.reference.source
-run = Run(config, load_reference(source, config.member, cache=config.paths.cache))
-list(run.until(config.last_step))
-run.save()
-run.close()
+reference = load_reference(config.reference.source, config.member, cache=config.paths.cache)
+tokenizer = reference.tokenizer.backend_tokenizer
+run = open_run(config, reference, load_corpus(config, tokenizer, reference.end_of_text))
+list(run.train(config.last_step))
+run.save_and_close()
 """
 
 

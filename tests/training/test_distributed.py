@@ -14,7 +14,7 @@ import torch
 
 from workflow.errors import WorkflowError
 from workflow.training import distributed
-from workflow.training.step import share_of
+from workflow.training.step import slice_of_batch
 
 SHORT = (
     "train.batch_size=4",
@@ -150,7 +150,7 @@ def test_the_shares_make_up_the_batch(monkeypatch):
     shares = []
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares += list(range(12))[share_of(12, 3, 4)]
+        shares += list(range(12))[slice_of_batch(12, 3, 4)]
     assert shares == list(range(12))
     with pytest.raises(WorkflowError, match="12 is not a multiple of 4 processes times micro_"):
-        share_of(12, 2, 4)
+        slice_of_batch(12, 2, 4)

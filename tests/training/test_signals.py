@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from workflow.training import signals
-from workflow.training.signals import Terminated, deferred
+from workflow.training.signals import Terminated, deferred_signals
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def on_sigterm():
 def test_a_signal_waits_for_the_safe_point(on_sigterm, number, kind):
     told = []
     usual = signal.getsignal(number)
-    with pytest.raises(kind), deferred() as safe_point:
+    with pytest.raises(kind), deferred_signals() as safe_point:
         safe_point()
         signal.raise_signal(number)
         told.append("the step is done")
@@ -34,7 +34,7 @@ def test_a_signal_waits_for_the_safe_point(on_sigterm, number, kind):
 
 
 def test_a_second_signal_acts_at_once(on_sigterm):
-    with pytest.raises(Terminated), deferred() as safe_point:
+    with pytest.raises(Terminated), deferred_signals() as safe_point:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         safe_point(lambda: pytest.fail("it waited"))
@@ -44,7 +44,7 @@ def test_another_thread_is_left_alone():
     done = []
 
     def work():
-        with deferred() as safe_point:
+        with deferred_signals() as safe_point:
             safe_point()
             done.append(True)
 

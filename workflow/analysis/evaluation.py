@@ -7,24 +7,28 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from SmolLm3 import LlamaModel
+from workflow.analysis.states import hidden
 
-TOKENS_AT_ONCE = 4096  # in a forward
-LOGITS_AT_ONCE = 1024  # rows; of 49152 floats each, 200 MB
+if TYPE_CHECKING:
+    import pandas as pd
+
+TOKENS_AT_ONCE = 4096  # in one forward
+LOGITS_AT_ONCE = 1024  # rows of 49152 floats each: 200 MB
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats a token, mean over the `tokens` that were scored; protocol: how, in words.
+    """loss: nats per token, the mean over the `tokens` that were scored; protocol: in words.
 
-    words, bytes: of the text for each of its tokens; 0 where the text was not given.
+    words, bytes: how many of them the text has per token; 0 if the text was not given.
     """
 
     loss: float
@@ -39,7 +43,7 @@ class Evaluation:
 
     @property
     def word_perplexity(self) -> float:
-        """Words are what white space separates; comparable across tokenizers, as bytes are."""
+        """Words are separated by white space. Like bytes, they compare across tokenizers."""
         return exp(self.loss / self.words) if self.words else math.nan
 
     @property
@@ -55,7 +59,7 @@ class Evaluation:
 
 
 def exp(nats: float) -> float:
-    """Where words are long, as without white space, this can be beyond all numbers."""
+    """Infinite where a float cannot hold it: a text without white space is one long word."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
@@ -69,78 +73,73 @@ def evaluate(
 ) -> Evaluation:
     """Scores token ids (N,) in windows of `window` that start every `stride` (default: window).
 
-    Each token is scored once, with the most context that a window gives it; the first of the first
-    window has none and is not scored. Without overlap this holds for the first of every window. A
-    last part shorter than a window is scored too. model: a `LlamaModel`, or transformers' Llama.
-    text: what `tokens` are of, for figures by word and byte.
+    Each token is scored once, with the most context that a window gives it; the first of a window
+    without overlap has none and is not scored. A last, shorter window is scored too.
+    model: a `LlamaModel` or the Llama of transformers. text: that of `tokens`, for the figures per
+    word and byte. Raises ValueError for a stride or tokens that do not fit.
     Follows huggingface.co/docs/transformers/perplexity.
     """
     stride = window if stride is None else stride
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} must lie between 1 and window {window}")
-    if len(tokens) < 2:
-        raise ValueError(f"{len(tokens)} tokens are too few to score one")
-    tokens, total, scored = np.asarray(tokens), 0.0, 0
-    spans = list(windows(len(tokens), window, stride))
-    bar = {"total": len(tokens), "unit": "token", "delay": 2, "leave": False, "file": sys.stdout}
+    if (most := min(window, len(tokens))) < 2:
+        raise ValueError(f"{most} tokens are too few to score one")
+    ids, total, scored = torch.from_numpy(np.array(tokens, dtype=np.int64)), 0.0, 0
+    bar = {"total": len(ids), "unit": "token", "delay": 2, "leave": False, "file": sys.stdout}
     with tqdm(desc="Evaluating", **bar) as progress:
-        for (length, fresh), group in itertools.groupby(spans, key=lambda span: span[1:]):
-            starts = [start for start, *_ in group]
-            size = max(TOKENS_AT_ONCE // window, 1)
-            for batch in (starts[first : first + size] for first in range(0, len(starts), size)):
-                places = np.array(batch)[:, None] + np.arange(length)
-                total += summed_loss(model, tokens[places].astype(np.int64), fresh)
-                scored += fresh * len(batch)
-                progress.update(fresh * len(batch))
-    rates = (len(text.split()) / len(tokens), len(text.encode()) / len(tokens))
+        for batch, new in windows(ids, window, stride):
+            total += summed_loss(model, batch, new)
+            scored += new * len(batch)
+            progress.update(new * len(batch))
+    rates = (len(text.split()) / len(ids), len(text.encode()) / len(ids))
     return Evaluation(total / scored, scored, f"windows of {window} tokens every {stride}", *rates)
 
 
-def comparison(
-    models: Mapping[str, nn.Module], texts: Mapping[str, np.ndarray], tokenizer, window: int
-) -> tuple[dict[tuple[str, str], Evaluation], str]:
-    """Evaluates every model on every text (token ids), and makes a table of it, protocol included.
-
-    tokenizer: transformers', to count words and bytes.
-    """
-    found, rows = {}, []
-    for (told, ids), (name, model) in itertools.product(texts.items(), models.items()):
-        result = found[told, name] = evaluate(model, ids, window, text=tokenizer.decode(ids))
-        figures = (result.loss, result.perplexity, result.word_perplexity, result.bits_per_byte)
-        digits = (f"{figure:.4f}" if figure < 1e5 else f"{figure:.3g}" for figure in figures)
-        rows.append((told, name, result.tokens, *digits))
-    head = ("text", "model", "tokens", "loss", "perplexity", "of a word", "bits a byte")
-    lines = ["{:<28}{:<8}{:>7}{:>10}{:>12}{:>12}{:>13}".format(*row) for row in (head, *rows)]
-    return found, "\n".join([*lines, f"({result.protocol})"])
+def windows(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, int]]:
+    """Batches (B, T) of windows over ids (N,), and how many tokens at each one's end to score."""
+    size, window = max(TOKENS_AT_ONCE // window, 1), min(window, len(ids))
+    full = ids.unfold(0, window, stride)
+    if overlap := stride < window:  # the first has more to score than those after it
+        yield full[:1], window - 1
+    for first in range(int(overlap), len(full), size):
+        yield full[first : first + size], min(stride, window - 1)
+    rest, left = ids[len(full) * stride :], len(ids) - (len(full) - 1) * stride - window
+    if (new := min(left, len(rest) - 1)) > 0:
+        yield rest[None], new
 
 
-def windows(total: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Start and length of each window, and how many targets at its end no window before has."""
-    done = 0  # targets before this place are scored
-    for start in range(0, total - 1, stride):
-        length = min(window, total - start)
-        fresh = start + length - max(done, start + 1)
-        if fresh > 0:
-            yield start, length, fresh
-        done = start + length
-        if done >= total:
-            return
-
-
-def summed_loss(model: nn.Module, rows: np.ndarray, fresh: int) -> float:
-    """The nats of the last `fresh` targets of each row (B, T), some logits at a time."""
-    ids = torch.from_numpy(rows).to(next(model.parameters()).device)
-    inputs, targets = ids[:, :-1], ids[:, -fresh:].flatten()
-    hidden = model.hidden(inputs) if isinstance(model, LlamaModel) else model.model(inputs)[0]
-    hidden = hidden[:, -fresh:].flatten(0, 1)
-    parts = zip(hidden.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))
-    losses = (F.cross_entropy(model.lm_head(h).float(), t, reduction="sum") for h, t in parts)
+def summed_loss(model: nn.Module, ids: Tensor, new: int) -> float:
+    """The nats of the last `new` tokens of each row of ids (B, T), LOGITS_AT_ONCE at a time."""
+    ids = ids.to(next(model.parameters()).device)
+    states = hidden(model, ids[:, :-1])[:, -new:].flatten(0, 1)
+    parts = zip(states.split(LOGITS_AT_ONCE), ids[:, -new:].flatten().split(LOGITS_AT_ONCE))
+    losses = (F.cross_entropy(model.lm_head(x).float(), y, reduction="sum") for x, y in parts)
     return sum(loss.item() for loss in losses)
 
 
-def unigram_loss(
-    train: np.ndarray, held_out: np.ndarray, vocabulary: int, added: float = 0.05
-) -> float:
-    """Nats a token on `held_out`, knowing word counts of `train` with `added` to each."""
-    counts = np.bincount(train, minlength=vocabulary) + added
+def compare_models(
+    models: Mapping[str, nn.Module], texts: Mapping[str, np.ndarray], tokenizer, window: int
+) -> tuple[dict[tuple[str, str], Evaluation], pd.DataFrame]:
+    """Evaluates every model on every text (token ids), and shows the figures and their protocol.
+
+    tokenizer: from transformers, to count words and bytes. Both results are indexed by text, model.
+    """
+    import pandas as pd  # 0.5 s that `evaluate` does not need
+
+    results = {
+        (text, name): evaluate(model, ids, window, text=tokenizer.decode(ids))
+        for (text, ids), (name, model) in itertools.product(texts.items(), models.items())
+    }
+    columns = ["loss", "perplexity", "word_perplexity", "bits_per_byte"]
+    rows = [
+        (result.tokens, *(f"{getattr(result, name):.5g}" for name in columns), result.protocol)
+        for result in results.values()
+    ]
+    index = pd.MultiIndex.from_tuples(results, names=["text", "model"])
+    return results, pd.DataFrame(rows, index, ["tokens", *columns, "protocol"])
+
+
+def unigram_loss(train: np.ndarray, held_out: np.ndarray, vocabulary: int) -> float:
+    """Nats per token on `held_out`, from the word counts of `train` with 0.05 added to each."""
+    counts = np.bincount(train, minlength=vocabulary) + 0.05
     return float(-np.log(counts / counts.sum())[held_out].mean())

@@ -1,4 +1,4 @@
-"""Text from a model: prompts as text or as chat, tokens shown as they come."""
+"""Text from a model: prompts as text or as chat, and the answer shown as it is generated."""
 
 from __future__ import annotations
 
@@ -7,58 +7,38 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from tokenizers.decoders import DecodeStream
 
-from SmolLm3 import KVCache, LlamaModel
+from SmolLm3 import LlamaModel
 from workflow.errors import WorkflowError
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # what a part of a character is decoded to
-# Where a text or an answer ends, in the members' vocabularies.
+HALF = "\N{REPLACEMENT CHARACTER}"  # the decoded form of an incomplete character
+# The tokens that end a text or an answer, in the vocabularies of all models.
 STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
 
 
-class Decoder:
-    """A model, prepared to generate: one token after the other, which reads all weights each time.
+def prepare_for_generation(model: LlamaModel, precision: torch.dtype = torch.float32) -> LlamaModel:
+    """The model in the form that generates fastest: each new token reads all weights once.
 
-    In float32 on a CPU, its matrices are laid out column by column, in place: torch's BLAS reads
-    them so on all cores, and as they were on one. In bfloat16 there is half as much to read; the
-    prompt is still taken in float32, which a CPU without bfloat16 instructions does faster.
+    bfloat16: a copy with half as much to read. float32 on a CPU: the same model and results, its
+    matrices now stored column by column, which BLAS reads on all cores even for one token.
     """
-
-    def __init__(self, model: LlamaModel, precision: torch.dtype = torch.float32):
-        self.model, self.low = model, model
-        if precision != torch.float32:
-            self.low = copy.deepcopy(model).to(precision)
-        elif self.device.type == "cpu":
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.data = parameter.data.t().contiguous().t()
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.embed_tokens.weight.device
-
-    @torch.no_grad()
-    def stream(self, input_ids: Tensor, new_tokens: int, **options) -> Iterator[Tensor]:
-        """As `LlamaModel.stream`; a mask, in float32 only."""
-        if self.low is self.model or input_ids.shape[1] < 2:
-            return self.low.stream(input_ids, new_tokens, **options)
-        (B, T), weight = input_ids.shape, self.model.embed_tokens.weight
-        cache = KVCache(self.model.config, B, T + new_tokens, like=weight)
-        self.model.hidden(input_ids[:, :-1], cache=cache)
-        dtype = self.low.embed_tokens.weight.dtype
-        cache.keys, cache.values = cache.keys.to(dtype), cache.values.to(dtype)
-        return self.low.stream(input_ids[:, -1:], new_tokens, cache=cache, **options)
+    if precision != torch.float32:
+        return copy.deepcopy(model).to(precision)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.device.type == "cpu":
+            parameter.data = parameter.data.t().contiguous().t()
+    return model
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     """The ids of a prompt; with `chat`, of a user's turn in the tokenizer's own chat template.
 
-    tokenizer: transformers'. Raises WorkflowError where it has no template (base models were not
-    trained on turns), and for a half character, which the terminal makes of bytes that are no text.
+    tokenizer: from transformers. Raises WorkflowError if it has no template, as those of base
+    models, or for half a character, which a terminal makes from bytes that are not UTF-8.
     """
     try:
-        prompt.encode("utf-8")
+        prompt.encode()
     except UnicodeEncodeError as error:
         what = f"character {error.start} of the prompt is half a character (a lone surrogate)"
         raise WorkflowError("generate", what, "give it as UTF-8") from None
@@ -71,40 +51,32 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
-def sampling(
+def sampling_options(
     temperature: float | None, top_k: int | None, top_p: float, min_p: float
 ) -> dict[str, Any]:
-    """Options of `LlamaModel.stream`: greedy, unless something says that tokens are to be drawn."""
+    """Options of `LlamaModel.stream`: greedy, unless a temperature or a filter is given."""
     if temperature is None:
         temperature = 1.0 if top_k is not None or top_p != 1.0 or min_p != 0.0 else 0.0
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
-def text_pieces(
-    decoder: Decoder,
-    tokenizer,
-    ids: list[int],
-    new_tokens: int,
-    options: Mapping[str, Any],
+def stream_text(
+    model: LlamaModel, tokenizer, ids: list[int], new_tokens: int, options: Mapping[str, Any]
 ) -> Iterator[str]:
-    """The continuation of `ids`, piece by piece, until a token of `STOPS`.
+    """Yields the continuation of `ids` in pieces of whole characters, until a token of `STOPS`.
 
-    A token can be a part of a character; it is held back until the character is whole. tokenizer:
-    transformers'. options: of `LlamaModel.stream`.
+    tokenizer: from transformers. options: those of `LlamaModel.stream`.
     """
     tokenizer = tokenizer.backend_tokenizer
-    stops = [tokenizer.token_to_id(word) for word in STOPS]
-    stops = [number for number in stops if number is not None]
-    ids, shown = list(ids), tokenizer.decode(ids, skip_special_tokens=False)
-    prompt = torch.tensor([ids], dtype=torch.long, device=decoder.device)
-    text = shown
-    for token in decoder.stream(prompt, new_tokens, stop_ids=stops, **options):
-        if token.item() in stops:
+    stops = [id for id in map(tokenizer.token_to_id, STOPS) if id is not None]
+    prompt = torch.tensor([ids], dtype=torch.long, device=model.embed_tokens.weight.device)
+    decoder, pending = DecodeStream(skip_special_tokens=False), []
+    for token in map(int, model.stream(prompt, new_tokens, stop_ids=stops, **options)):
+        if token in stops:
             break
-        ids.append(token.item())
-        text = tokenizer.decode(ids, skip_special_tokens=False)
-        if not text.endswith(HALF):
-            yield text.removeprefix(shown)
-            shown = text
-    if rest := text.removeprefix(shown).rstrip(HALF):  # whole characters before a half one
-        yield rest
+        pending.append(token)
+        if piece := decoder.step(tokenizer, token):
+            yield piece
+            pending.clear()
+    if rest := tokenizer.decode(pending, skip_special_tokens=False).rstrip(HALF):
+        yield rest  # whole characters before an incomplete one

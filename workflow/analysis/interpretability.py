@@ -1,11 +1,13 @@
-"""Looking inside a model: its parts, its rotation, what its layers say, where its heads look."""
+"""Looking inside a model: parameters, rotation, the logit lens, attention and its heads."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,35 +17,36 @@ from torch import Tensor
 from SmolLm3 import LlamaAttention, LlamaModel, RotaryPositionalEmbedding, hf_name, rotate
 from workflow.analysis.states import hidden_states
 
-# --- parameters -----------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-def parts(model: LlamaModel) -> dict[str, int]:
-    """How many parameters each kind of part has, over all layers."""
-    sizes: Counter[str] = Counter()
+def parameter_counts(model: LlamaModel) -> dict[str, int]:
+    """How many parameters each kind of module has, over all layers."""
+    counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         kind = name.removesuffix(".weight").rpartition(".")[2]
         kind = "norms" if kind.endswith("norm") else kind
         tied = model.config.tie_word_embeddings and kind == "embed_tokens"
-        sizes["embed_tokens = lm_head" if tied else kind] += parameter.numel()
-    return dict(sizes)
+        counts["embed_tokens = lm_head" if tied else kind] += parameter.numel()
+    return dict(counts)
 
 
-def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> str:
-    """A table: which tensor of the original is which of ours, and how many are bit-equal."""
-    rows: dict[tuple[str, str, str], list[bool]] = {}
+def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> pd.DataFrame:
+    """Which tensors of the original are which of ours, and how many of them are bit-equal.
+
+    A row per kind of tensor: N is the number of a layer.
+    """
+    import pandas as pd  # 0.5 s that the other functions do not need
+
+    rows = []
     for name, parameter in model.named_parameters():
-        theirs, shape = hf_name(name), " × ".join(map(str, parameter.shape))
-        equal = torch.equal(parameter.cpu(), state_dict[theirs].to(parameter.dtype).cpu())
-        key = tuple(re.sub(r"\d+", "N", word) for word in (theirs, name))
-        rows.setdefault((*key, shape), []).append(equal)
-    line = "{:<48}{:<42}{:<14}{}".format
-    lines = [line("original", "ours", "shape", "equal")]
-    lines += [line(*key, f"{sum(found)} of {len(found)}") for key, found in rows.items()]
-    return "\n".join(lines)
-
-
-# --- rotation -------------------------------------------------------------------------------------
+        original, shape = hf_name(name), " × ".join(map(str, parameter.shape))
+        equal = torch.equal(parameter.cpu(), state_dict[original].to(parameter.dtype).cpu())
+        rows.append((*(re.sub(r"\d+", "N", word) for word in (original, name)), shape, equal))
+    frame = pd.DataFrame(rows, columns=["original", "ours", "shape", "equal"])
+    kinds = frame.groupby(["original", "ours", "shape"], sort=False, as_index=False)
+    return kinds.agg(tensors=("equal", "size"), equal=("equal", "sum"))
 
 
 def wavelengths(rotary: RotaryPositionalEmbedding) -> Tensor:
@@ -52,15 +55,13 @@ def wavelengths(rotary: RotaryPositionalEmbedding) -> Tensor:
     return 2 * math.pi / torch.atan2(sin, cos).flatten()
 
 
-def turned(rotary: RotaryPositionalEmbedding, pairs: Sequence[int], positions: int) -> Tensor:
-    """Where a pair of channels (1, 0) is turned to: (pairs, positions, 2), for some pairs."""
-    x = torch.zeros(1, 1, positions, rotary.head_dim)
-    x[..., : rotary.head_dim // 2] = 1
-    a, b = rotate(x, *rotary(torch.arange(positions)))[0, 0].chunk(2, dim=-1)
-    return torch.stack((a, b), dim=-1)[:, list(pairs)].transpose(0, 1)
+def rotated_pairs(rotary: RotaryPositionalEmbedding, pairs: list[int], positions: int) -> Tensor:
+    """The vector (1, 0) in some pairs of channels, rotated to each position: (pairs, P, 2)."""
+    cos_sin = torch.stack(rotary(torch.arange(positions)), dim=-1)[0, 0]
+    return cos_sin[:, pairs].transpose(0, 1)
 
 
-def scores_of_one_pair(rotary: RotaryPositionalEmbedding, positions: int, seed: int = 0) -> Tensor:
+def scores_by_position(rotary: RotaryPositionalEmbedding, positions: int, seed: int = 0) -> Tensor:
     """The score of one query at each position with one key at each: (positions, positions)."""
     generator = torch.Generator().manual_seed(seed)
     q, k = torch.randn(2, rotary.head_dim, generator=generator)
@@ -69,48 +70,40 @@ def scores_of_one_pair(rotary: RotaryPositionalEmbedding, positions: int, seed: 
     return q @ k.T / math.sqrt(rotary.head_dim)
 
 
-# --- what the layers say --------------------------------------------------------------------------
-
-
-def stream(model: LlamaModel, ids: Tensor) -> list[Tensor]:
-    """The residual stream (1, T, C) of ids (1, T): the embeddings, then after each layer."""
-    found = hidden_states(model, ids)
-    return [found["embed_tokens"], *(found[f"layers.{i}"] for i in range(len(model.layers)))]
-
-
 @torch.no_grad()
-def lens(model: LlamaModel, ids: Tensor) -> Tensor:
-    """Logits (layers + 1, T, V) of ids (1, T), as if the model had to answer after each layer.
+def logit_lens(model: LlamaModel, ids: Tensor) -> Iterator[Tensor]:
+    """Logits (T, V) for ids (1, T) from the embedding and after each layer, one at a time.
 
-    The final norm and the head are applied to the residual stream; the last row is the model's own
-    answer (nostalgebraist 2020, "interpreting GPT: the logit lens").
+    The final norm and the head are applied to the residual stream; the last is the model's own
+    output (nostalgebraist 2020, "interpreting GPT: the logit lens").
     """
-    return torch.cat([model.lm_head(model.norm(x)) for x in stream(model, ids)])
+    *residual_stream, _, _ = hidden_states(model, ids).values()  # without norm and logits
+    for x in residual_stream:
+        yield model.lm_head(model.norm(x))[0].float()
 
 
-def reading(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list[list[str]], np.ndarray]:
-    """The likeliest token of each place of the lens, as text, and its share, (layers + 1, T)."""
-    shares, tokens = lens(model, ids).float().softmax(dim=-1).max(dim=-1)
-    words = [[tokenizer.decode([token]) for token in row] for row in tokens.tolist()]
-    return words, shares.numpy()
+def logit_lens_tokens(
+    model: LlamaModel, ids: Tensor, tokenizer
+) -> tuple[list[list[str]], np.ndarray]:
+    """The likeliest token at each place of the lens, as text, and its probability (layers + 1, T).
+
+    tokenizer: from transformers.
+    """
+    shares, tokens = torch.stack([*logit_lens(model, ids)]).softmax(dim=-1).max(dim=-1)
+    return [tokenizer.batch_decode(row[:, None]) for row in tokens], shares.numpy()
 
 
-@torch.no_grad()
 def loss_by_layer(model: LlamaModel, ids: Tensor) -> list[float]:
-    """The mean loss of the lens, nats a token, on ids (1, T): layers + 1 of them."""
-    answers = (model.lm_head(model.norm(x[0, :-1])) for x in stream(model, ids))  # not all at once
-    return [F.cross_entropy(logits.float(), ids[0, 1:]).item() for logits in answers]
-
-
-# --- where the heads look -------------------------------------------------------------------------
+    """The mean loss of the lens, nats per token, on ids (1, T): layers + 1 of them."""
+    return [F.cross_entropy(x[:-1], ids[0, 1:]).item() for x in logit_lens(model, ids)]
 
 
 @torch.no_grad()
-def attention(model: LlamaModel, ids: Tensor) -> Tensor:
-    """How much each position looks at each, (layers, H, T, T), in ids (1, T); rows sum to 1."""
+def attention_weights(model: LlamaModel, ids: Tensor) -> Tensor:
+    """The attention of each position to each, (layers, H, T, T), for ids (1, T); rows sum to 1."""
     found: list[Tensor] = []
 
-    def look(module: LlamaAttention, arguments: tuple) -> None:
+    def record(module: LlamaAttention, arguments: tuple) -> None:
         x, rotation, *_ = arguments
         q, k = (
             proj(x).view(1, x.shape[1], -1, module.head_dim).transpose(1, 2)
@@ -118,31 +111,28 @@ def attention(model: LlamaModel, ids: Tensor) -> Tensor:
         )
         if module.rotates:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT
-        hidden = torch.ones_like(scores[0, 0]).triu(1).bool()
-        scores = (scores / math.sqrt(module.head_dim)).masked_fill(hidden, -math.inf)
-        found.append(scores.float().softmax(dim=-1)[0])
+        one_hot = torch.eye(x.shape[1]).to(k).expand(1, k.shape[1], -1, -1)  # values show weights
+        weights = F.scaled_dot_product_attention(q, k, one_hot, is_causal=True, enable_gqa=True)
+        found.append(weights[0].float())
 
-    hooks = [layer.self_attn.register_forward_pre_hook(look) for layer in model.layers]
-    try:
+    with ExitStack() as hooks:  # removes them at the end
+        for layer in model.layers:
+            hooks.enter_context(layer.self_attn.register_forward_pre_hook(record))
         model.hidden(ids)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack(found)
 
 
-def twice(vocab_size: int, length: int = 32, seed: int = 0) -> Tensor:
-    """Random token ids, and the same once more: (1, 2 × length). Only copying can guess them."""
+def repeated_tokens(vocab_size: int, length: int = 32, seed: int = 0) -> Tensor:
+    """Random token ids, twice: (1, 2 × length). Only copying predicts the second half."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (1, length), generator=generator).repeat(1, 2)
 
 
 def head_scores(weights: Tensor) -> dict[str, Tensor]:
-    """What each head does with `twice`, as shares of its attention (layers, H), from `attention`.
+    """What each head attends to in `repeated_tokens`: shares of its attention, (layers, H) each.
 
-    induction: of a token of the second half, to the token that followed its like in the first
-    (Olsson et al. 2022, arXiv:2209.11895). previous token; first token: of all but the first.
+    weights: from `attention_weights`. induction: from a token of the second half to the one that
+    followed it in the first half (Olsson et al. 2022, arXiv:2209.11895).
     """
     half = weights.shape[-1] // 2
     return {
@@ -152,8 +142,8 @@ def head_scores(weights: Tensor) -> dict[str, Tensor]:
     }
 
 
-def clearest(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """The head with the largest share of each kind: its label, and its place from (0, 0) on."""
+def top_heads(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """The head with the highest score of each kind: label to (layer, head), counted from 0."""
     found = {}
     for kind, shares in scores.items():
         layer, head = divmod(int(shares.argmax()), shares.shape[1])

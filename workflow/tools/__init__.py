@@ -1,1 +1,1 @@
-"""Around the project: the benchmark, executing the notebook, the stamp."""
+"""Tools around the workflow: the benchmark, executing main.ipynb, and its stamp."""

@@ -1,10 +1,9 @@
-"""Who made this: commit and versions, weights and text, and which steps were computed when."""
+"""What an executed notebook says about itself: commit, versions, weights, text, steps."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,53 +13,29 @@ from typing import Any
 import nbformat
 
 from workflow.training import hardware
+from workflow.training.metrics import git_commit
 
-ROOT = Path(__file__).parent.parent.parent
 CELLS = "code cells sha256"
 
 
-def commit() -> str:
-    """The commit of this code, with a + where tracked files differ from it, if there is one."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(ROOT), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown (no git checkout)"
-
-
-def cells_sha256(notebook: Path) -> str:
-    """The hash of a notebook's code cells, which outputs and text leave as it is."""
-    cells = nbformat.read(notebook, as_version=4).cells
-    sources = [cell.source for cell in cells if cell.cell_type == "code"]
-    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
-
-
 def stamp(notebook: Path, run: Any) -> str:
-    """What an executed notebook says of itself; run: a `Run`, as it ends."""
-    made_of = run.made_of
+    """The facts, one a line. run: a finished `workflow.training.run.Run`."""
+    libraries = (f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers"))
     facts = {
-        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC at commit {commit()}",
-        "versions": ", ".join(
-            [f"Python {platform.python_version()}"]
-            + [f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers")]
-        ),
-        "machine": hardware.machine(run.device),
-        "run": f"{run.name} (the end is the hash of settings, weights and text)",
-        "weights": f"{made_of['name']}, sha256 {made_of['weights_sha256'][:16]}",
+        "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC at commit {git_commit()}",
+        "versions": ", ".join([f"Python {platform.python_version()}", *libraries]),
+        "machine": hardware.machine(run.config.device),
+        "run": f"{run.name} (ends in the hash of settings, weights and text)",
+        "weights": f"{run.provenance['name']}, sha256 {run.provenance['weights_sha256'][:16]}",
         "text": f"{run.corpus.name}, sha256 {run.corpus.text_sha256[:16]}",
-        **hands(run.history, run.step),
+        **computed_by(run.history, run.global_step),
         CELLS: cells_sha256(notebook),
     }
     return "\n".join(f"{name:<19}{fact}" for name, fact in facts.items())
 
 
-def hands(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, str]:
-    """Which steps were computed when, and by which commit, up to step `last`."""
+def computed_by(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, str]:
+    """Which steps, up to step `last`, were computed when and by which commit."""
     began = [row for row in rows if "began" in row]
     ends = [row["step"] for row in began[1:]] + [last]
     return {
@@ -68,3 +43,10 @@ def hands(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, str]:
         for row, end in zip(began, ends)
         if end > row["step"]
     }
+
+
+def cells_sha256(notebook: Path) -> str:
+    """The hash of a notebook's code cells; outputs and markdown do not change it."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    sources = [cell.source for cell in cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()

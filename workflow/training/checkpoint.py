@@ -1,15 +1,17 @@
-"""Write whole, read verified.
+"""Checkpoints: written atomically, and read only when nothing in them is damaged.
 
-A checkpoint is one torch zip file with everything that the next step depends on. It is written
-beside its name, read back, synced and only then renamed, so that under its name there is always a
-whole file, old or new. It is read only after its archive was looked through (`archive.py`), with
-`weights_only=True`, and used only after its own digest, its contents and every number are right.
+A checkpoint is one torch zip file with everything that the next step depends on. It is written next
+to its name, read back, synced and only then renamed, so that its name always stands for a complete
+file. Reading: the archive's directory, every record's CRC (torch checks none), `torch.load` with
+`weights_only=True`, the contents, a digest over all of them, and NaN.
 """
 
 from __future__ import annotations
 
+import pickletools
 import re
-from collections.abc import Collection, Iterator, Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from SmolLm3 import hf_name
-from workflow.errors import CheckpointError, DamagedError, ForeignError
+from workflow.errors import CheckpointError, DamagedError, ForeignError, NonFiniteError
 from workflow.files import atomic_write, sha256_of
-from workflow.training.archive import check_archive
 
 FORMAT = "smollm-workflow checkpoint"
 FORMAT_VERSION = 2
@@ -36,33 +36,49 @@ CONTENTS = {
     "data": dict,  # hash and sizes of the text; with config's seed, the order of the data
     "config": dict,  # the settings of the run, as plain values
     "tokenizer": dict,  # end of text, vocabulary, sha256
-    "reference": dict,  # what the weights started from, honestly named
-    "environment": dict,  # where it was written: bit-exact resume is promised only there
+    "reference": dict,  # provenance of the weights that the run started from
+    "environment": dict,  # where it was written: exact resume is promised only there
     "digest": str,  # sha256 over all of the above
 }
-MOST_LEAVES = 200_000  # of a file's nested values; aliases can make endless ones of a small file
-WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile, of DistributedDataParallel
-STATE_DICTS = ("model", "state_dict", "model_state_dict", "module")  # where others keep weights
-SETTING = "paths.checkpoints"  # the key of the YAML that says where all this lies
+# All that a pickle of tensors calls. torch's own allow-list has bytearray, too, of any size.
+CALLS = re.compile(
+    r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
+)
+MAX_VALUES = 200_000  # of nested contents; aliases can make endless ones of a small file
+STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")  # in others' checkpoints
+SETTING = "paths.checkpoints"  # the key of the YAML that says where checkpoints are
+LOOKS_LIKE = (  # how a file that is no archive starts, and what it then is
+    (rb"$", "it is empty"),
+    (rb"version https://git-lfs", "it is a git-LFS pointer, not the file: type git lfs pull"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "it is an HTML page, perhaps of a failed download"),
+    (rb"GGUF", "it is a GGUF file"),
+    (rb".{8}\{\"", "it is a safetensors file"),
+    (rb"\x80[\x02-\x05]", "it is a plain pickle, which could run any code"),
+    (rb"[\t\n\r -~]{4,64}$", "it is a text file"),
+)
 
 
 # --- write ----------------------------------------------------------------------------------------
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` under `path`, whole or not at all.
+    """Writes `state` to `path`, atomically.
 
-    Raises DiskError; what was there before stays.
+    Raises NonFiniteError if a tensor holds NaN or inf, and DiskError; the file before stays.
     """
+    if names := not_finite(state):
+        what = f"{names[0]} is not finite at step {state['step']}, nothing is saved"
+        raise NonFiniteError(path, what, "lower train.learning_rate")
     state = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
-    state["digest"] = sha256_of(leaves(state))
-    with atomic_write(path, SETTING, bytes_of(state)) as unfinished:
-        with open(unfinished, "wb") as file:  # given a path, torch.save would store its name
+    state["digest"] = sha256_of(flatten(state))
+    size = sum(value.nbytes for _, value in flatten(state) if isinstance(value, Tensor))
+    with atomic_write(path, SETTING, size) as temporary:
+        with open(temporary, "wb") as file:  # given a path, torch.save would store its name
             torch.save(state, file)
-        check_archive(unfinished)
+        check_archive(temporary)
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested dicts and sequences, with its dotted name."""
     inner: Any = ()
     if isinstance(value, Mapping):
@@ -70,47 +86,15 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (list, tuple)):
         inner = enumerate(value)
     for key, part in inner:
-        yield from leaves(part, f"{name}.{key}" if name else str(key))
+        yield from flatten(part, f"{name}.{key}" if name else str(key))
     if not inner or not value:
         yield name, value
 
 
-def bytes_of(state: Any) -> int:
-    """Bytes of all tensors in nested dicts and sequences."""
-    return sum(leaf.nbytes for _, leaf in leaves(state) if isinstance(leaf, Tensor))
-
-
 def not_finite(state: Any) -> list[str]:
     """The names of the tensors that hold NaN or inf."""
-    tensors = ((name, leaf) for name, leaf in leaves(state) if isinstance(leaf, Tensor))
+    tensors = ((name, value) for name, value in flatten(state) if isinstance(value, Tensor))
     return [name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()]
-
-
-def within(folder: Path, path: Path) -> tuple[Path, dict[str, Any]]:
-    """`path`, or the newest checkpoint of that run's folder, and its state.
-
-    Raises CheckpointError where the run is not one of those in `folder`.
-    """
-    if path.is_dir():
-        if not found(path):
-            raise CheckpointError(path, "no checkpoint in this folder", "name another")
-        path, state = newest(path)
-    else:
-        state = load(path)
-    if path.parent.parent != folder.resolve():
-        do = f"put its folder there, or give --set paths.checkpoints={path.parent.parent}"
-        raise CheckpointError(path, f"it is not in {folder}", do)
-    return path, state
-
-
-def prune(folder: Path, step: int, keep: int, kept: Collection[int | None]) -> None:
-    """Deletes all but the newest `keep` checkpoints up to `step` and those of the steps `kept`.
-
-    What lies beyond `step` is not this run's to count, nor to delete.
-    """
-    for old in sorted((n for n in found(folder) if n <= step), reverse=True)[keep:]:
-        if old not in kept:
-            path_of(folder, old).unlink()
 
 
 # --- read -----------------------------------------------------------------------------------------
@@ -119,34 +103,33 @@ def prune(folder: Path, step: int, keep: int, kept: Collection[int | None]) -> N
 def load(path: Path) -> dict[str, Any]:
     """The verified contents, on the CPU.
 
-    Raises CheckpointError, before anything is used, for all that is not whole and ours; a damaged
-    file's error names the newest whole one beside it.
+    Raises CheckpointError, before anything is used, if the file is damaged, incomplete or of
+    another program; the error of a damaged one names the newest good one next to it.
     """
     try:
         return _load(path)
     except DamagedError as error:
-        others = (path_of(path.parent, n) for n in sorted(found(path.parent), reverse=True))
-        whole = next((other.name for other in others if other != path and is_whole(other)), None)
-        do = f"resume from {whole}, the newest whole one" if whole else "no whole one is beside it"
-        raise DamagedError(path, error.what, do) from None
+        others = (checkpoint_path(path.parent, step) for step in steps_in(path.parent))
+        good = next((other.name for other in others if other != path and is_valid(other)), None)
+        fix = f"resume from {good}, the newest good one" if good else "no good one is next to it"
+        raise DamagedError(path, error.what, fix) from None
 
 
 def _load(path: Path) -> dict[str, Any]:
     state = read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise foreign(path, state)
+        raise foreign_error(path, state)
     if state.get("format_version") != FORMAT_VERSION:
         what = f"its format is version {state.get('format_version')}, this code's {FORMAT_VERSION}"
         raise CheckpointError(path, what, "use the release that wrote it")
-    wrong = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
-    if wrong:
-        what = f"it lacks {', '.join(wrong)}"
+    missing = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
+    if missing:
+        what = f"it lacks {', '.join(missing)}"
         raise CheckpointError(path, what, "it cannot be resumed, choose another")
     digest = state.pop("digest")
-    if digest != sha256_of(leaves(state)):
-        raise DamagedError(path, "its contents are not those of its digest", "choose another")
-    if wrong := not_finite(state):
-        raise CheckpointError(path, f"{wrong[0]} holds NaN or inf", "choose an older one")
+    if digest != sha256_of(flatten(state)):
+        raise DamagedError(path, "its contents do not match its digest", "choose another")
+    check_finite(path, state)
     return state
 
 
@@ -155,12 +138,12 @@ def read(path: Path) -> Any:
     check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        parts = list(islice(leaves(content), MOST_LEAVES + 1))
-    except Exception as error:  # unpickling a file that is not ours can fail in any way
-        what = f"it is not a checkpoint that can be read ({type(error).__name__})"
+        values = list(islice(flatten(content), MAX_VALUES + 1))
+    except Exception as error:  # reading a file that is not ours can fail in any way
+        what = f"it cannot be read as a checkpoint ({type(error).__name__})"
         raise DamagedError(path, what, "choose another") from None
-    views = [name for name, leaf in parts if isinstance(leaf, Tensor) and larger_than_stored(leaf)]
-    if views or len(parts) > MOST_LEAVES:
+    views = [name for name, v in values if isinstance(v, Tensor) and larger_than_stored(v)]
+    if views or len(values) > MAX_VALUES:
         what = f"{views[0]} is larger than its record" if views else "its contents have no end"
         raise DamagedError(path, what, "choose another")
     return content
@@ -170,44 +153,103 @@ def larger_than_stored(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes()
 
 
-def foreign(path: Path, content: Any) -> ForeignError:
-    """Why a whole torch file that is not ours can't be resumed."""
+def check_finite(path: Path, state: Any) -> None:
+    if names := not_finite(state):
+        raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
+
+
+def foreign_error(path: Path, content: Any) -> ForeignError:
+    """Why a valid torch file of another program cannot be resumed."""
     weights = weights_in(content)
     if weights is None:
         keys = ", ".join(map(str, islice(content, 5))) if isinstance(content, dict) else "no keys"
         what = f"it is not a checkpoint of this project (a {type(content).__name__} with {keys})"
         return ForeignError(path, what, "choose another")
+    check_finite(path, weights)
     what = f"it has {len(weights)} weights, but no moments, step or random states of this project's"
-    do = f"it can be evaluated, not resumed: main.py evaluate {path} --data TEXT"
-    error = ForeignError(path, what, do)
+    fix = f"it can be evaluated, not resumed: main.py evaluate {path} --data TEXT"
+    error = ForeignError(path, what, fix)
     error.weights = weights
     return error
 
 
 def weights_in(content: Any) -> dict[str, Tensor] | None:
-    """The state dict in a torch file of whatever program."""
-    places = [content, *(content.get(key) for key in STATE_DICTS)] if is_dict(content) else []
+    """The state dict in a torch file of any program."""
+
+    def is_dict(value: Any) -> bool:
+        return isinstance(value, dict) and bool(value) and all(isinstance(k, str) for k in value)
+
+    places = [content, *(content.get(key) for key in STATE_DICT_KEYS)] if is_dict(content) else []
     for place in places:
         if is_dict(place) and all(isinstance(tensor, Tensor) for tensor in place.values()):
             return place
     return None
 
 
-def is_dict(value: Any) -> bool:
-    return isinstance(value, dict) and len(value) > 0 and all(isinstance(key, str) for key in value)
+def check_archive(path: Path) -> None:
+    """Checks directory and CRCs of a torch file; unpacks nothing, since torch packs nothing.
+
+    Raises DamagedError, naming the record; CheckpointError if there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if wrong := suspicious(archive.infolist(), path.stat().st_size):
+                raise DamagedError(path, f"{wrong}, nothing was unpacked", "choose another")
+            if record := archive.testzip():
+                raise DamagedError(path, f"record {record} is damaged", "choose another")
+            for record in archive.namelist():
+                if record.endswith(".pkl") and (call := odd_call(archive.read(record))):
+                    what = f"its pickle calls {call}, nothing of it was run"
+                    raise DamagedError(path, what, "choose another")
+    except FileNotFoundError:
+        raise CheckpointError(path, "there is no such file", "choose another") from None
+    except OSError as error:
+        what = f"it cannot be read ({error.strerror or error})"
+        raise CheckpointError(path, what, "choose another") from None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
+        what = looks_like(path) or f"it is damaged ({error})"
+        raise DamagedError(path, what, "choose another") from None
 
 
-def canonical(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same under Hugging Face's names, without what wrappers put before them; notes it."""
-    named = {WRAPPERS.sub("", name): tensor for name, tensor in weights.items()}
-    if named.keys() != weights.keys():
-        print(f"Note: `module.` and `_orig_mod.` before names in {path.name} are left out")
-    bare = "embed_tokens.weight" in named  # LlamaModel's own names
-    return {hf_name(name) if bare else name: tensor for name, tensor in named.items()}
+def suspicious(records: list[zipfile.ZipInfo], size: int) -> str | None:
+    """What in an archive's directory torch.save never writes, in words."""
+    names = [record.filename for record in records]
+    if len(set(names)) < len(names):
+        return f"record {next(name for name in names if names.count(name) > 1)!r} appears twice"
+    odd = [name for name in names if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name)]
+    odd += [name for name in names if ".." in name.split("/")]
+    if odd or len({name.partition("/")[0] for name in names}) > 1:
+        return f"record {(odd or names)[0]!r} has a name that torch never gives"
+    for record in records:
+        packed = record.compress_type != zipfile.ZIP_STORED
+        if packed or record.compress_size != record.file_size:
+            return f"record {record.filename!r} is compressed, which torch never does"
+    total = sum(record.file_size for record in records)
+    return f"its records claim {total} bytes, the file has {size}" if total > size else None
 
 
-def is_whole(path: Path) -> bool:
-    """Whether there is an undamaged archive."""
+def odd_call(pickle: bytes) -> str | None:
+    """What a pickle calls, if that is more than tensors need."""
+    operations = pickletools.genops(pickle)
+    calls = [argument for operation, argument, _ in operations if operation.name == "GLOBAL"]
+    return next((call.replace(" ", ".") for call in calls if not CALLS.fullmatch(call)), None)
+
+
+def looks_like(path: Path) -> str | None:
+    """What a file that is no archive seems to be, in words."""
+    with open(path, "rb") as file:
+        start = file.read(64)
+    for pattern, words in LOOKS_LIKE:
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
+            return words
+    return None
+
+
+# --- the folder of a run --------------------------------------------------------------------------
+
+
+def is_valid(path: Path) -> bool:
+    """Whether the archive is undamaged."""
     try:
         check_archive(path)
     except CheckpointError:
@@ -215,42 +257,41 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def path_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"checkpoint_{step}.pt"
 
 
-def found(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder."""
-    names = (
-        re.fullmatch(r"checkpoint_(\d+)\.pt", file.name) for file in folder.glob("checkpoint_*.pt")
-    )
-    return [int(match[1]) for match in names if match]
+def steps_in(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, the newest first."""
+    names = [file.name for file in folder.glob("checkpoint_*.pt")]
+    matches = [re.fullmatch(r"checkpoint_(\d+)\.pt", name) for name in names]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of a folder; damaged ones are passed over, each with one line.
+    """The newest good checkpoint of a folder; damaged ones are skipped, with one line each.
 
-    Raises CheckpointError where there are some and none is whole, or where one is not ours.
+    Raises CheckpointError if there are some and none is good, or if one is not ours.
     """
-    steps = sorted(found(folder), reverse=True)
+    steps = steps_in(folder)
     for step in steps:
         try:
-            return path_of(folder, step), _load(path_of(folder, step))
+            return checkpoint_path(folder, step), _load(checkpoint_path(folder, step))
         except DamagedError as error:
-            print(f"passed over: {error.where}: {error.what}")
+            print(f"Skipped a damaged checkpoint: {error.where}: {error.what}")
     if steps:
-        what = f"none of its {len(steps)} checkpoints is whole"
-        raise CheckpointError(folder, what, "move them away, and a run starts anew")
+        what = f"all of its {len(steps)} checkpoints are damaged"
+        raise CheckpointError(folder, what, "move them away to start a new run")
     return None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The run's tokenizer, which lies beside its checkpoints."""
+    """The run's tokenizer, which is next to its checkpoints."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise CheckpointError(file, "the run's tokenizer is missing", "put it back")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises nothing more particular
+    except Exception as error:  # the tokenizers library raises nothing more specific
         what = f"it is damaged ({error})"
         raise CheckpointError(file, what, "put the run's own tokenizer back") from None

@@ -1,6 +1,6 @@
-"""The processes of one run, as `torchrun` starts them; without it, there is one.
+"""The processes of one run, as `torchrun` starts them; without it there is one.
 
-They work on slices of the same batch. The first, rank 0, alone writes.
+They work on slices of the same batch. The main process, rank 0, is the only one that writes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 from workflow.errors import LostProcessError, WorkflowError
 
-TIMEOUT = timedelta(minutes=30)  # the others wait while the first validates, samples and saves
+TIMEOUT = timedelta(minutes=30)  # the others wait while the main process validates and saves
+LOST = ("gloo", "nccl", "connect")  # words in torch's error when a process has gone
 
-LOST = ("gloo", "nccl", "connect")  # in what torch then says
 
-
-def count() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -29,33 +28,38 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def start(able: bool) -> None:
-    """Joins the processes that `torchrun` has started, if it has. Only the first prints.
+def is_main_process() -> bool:
+    return rank() == 0
 
-    Raises WorkflowError where that is more than one, and the command is not `able` to be shared.
+
+def start(supported: bool) -> None:
+    """Joins the processes that `torchrun` has started, if any. Only the main process prints.
+
+    supported: whether the command can run in several processes. Raises WorkflowError if not.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if not able:
+    if not supported:
         what = "torchrun has started several processes"
-        raise WorkflowError("this command", what, "start it with python; train and resume share")
+        fix = "start it with python; only train and resume run in several"
+        raise WorkflowError("this command", what, fix)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with told():
+    with translate_errors():
         dist.init_process_group(backend, timeout=TIMEOUT)
-    if rank():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")
 
 
 def end() -> None:
-    """Leaves together with the others, if there are any, when all work is done and written.
+    """Leaves together with the other processes, if any, once everything is written.
 
-    At once: where the interpreter is taken down first, a thread of gloo's now and then aborts it,
-    and torchrun takes the run for failed.
+    With `os._exit`: while the interpreter shuts down, a thread of gloo's sometimes aborts it, and
+    torchrun then reports the run as failed.
     """
     if dist.is_initialized():
-        with suppress(LostProcessError):  # gone a moment before
+        with suppress(LostProcessError):  # it left a moment earlier
             barrier()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -63,48 +67,47 @@ def end() -> None:
 
 
 @contextmanager
-def told() -> Iterator[None]:
-    """What torch says of a process that is gone, as one line."""
+def translate_errors() -> Iterator[None]:
+    """torch's error about a process that is gone becomes one line."""
     try:
         yield
     except RuntimeError as error:
         if not dist.is_initialized() or not any(word in str(error).lower() for word in LOST):
             raise
-        do = "start the same command again: it goes on from the newest checkpoint"
-        raise LostProcessError(
-            f"process {rank()}", "another process of this run has ended", do
-        ) from error
+        what = "another process of this run has ended"
+        fix = "start the same command again: it continues from the newest checkpoint"
+        raise LostProcessError(f"process {rank()}", what, fix) from error
 
 
 @contextmanager
-def first_first() -> Iterator[None]:
-    """The first process goes through, then the others: what it has written, they read."""
-    if rank():
+def main_process_first() -> Iterator[None]:
+    """The main process runs the block, then the others: they read what it has written."""
+    if not is_main_process():
         barrier()
     yield
-    if not rank():
+    if is_main_process():
         barrier()
     barrier()
 
 
 def barrier() -> None:
-    agreed(0)
+    all_reduce_max(0)
 
 
-def agreed(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of all processes' numbers. Waits for the processes, not for their GPUs."""
-    if count() == 1:
+    if world_size() == 1:
         return number
     largest = torch.tensor(number)
-    with told():
+    with translate_errors():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 
-def averaged(values: torch.Tensor) -> torch.Tensor:
+def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
     """The mean over all processes."""
-    if count() > 1:
-        with told():
+    if world_size() > 1:
+        with translate_errors():
             dist.all_reduce(values)
-        values /= count()
+        values /= world_size()
     return values

@@ -1,4 +1,4 @@
-"""What the machine can do, and how it is asked to: allocator, compiler, its best figures."""
+"""The machine: its allocator, its C++ compiler, its names, and what a GPU can do at most."""
 
 from __future__ import annotations
 
@@ -7,35 +7,20 @@ import os
 import platform
 import shutil
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from SmolLm3 import ModelConfig
 
-# bf16 tensor-core peak without sparsity, TFLOP/s, from the makers' data sheets; the first match
-# counts
-PEAKS = {
-    "H200": 989,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L4": 121,
-    "A10G": 70,
-    "A10": 125,
-    "RTX 4090": 165,
-    "RTX 3090": 71,
-}
+# bf16 tensor cores, without sparsity, TFLOP/s, from data sheets; the first match counts
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+PEAKS |= {"A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71}
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
 
 
 def prepare(device: torch.device) -> None:
-    """For training: on a CPU memory is kept, on a GPU the same sums are made in the same order."""
+    """For training: keeps freed memory on a CPU; makes a GPU deterministic."""
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
@@ -45,7 +30,7 @@ def prepare(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Lets glibc keep what a step frees for the next step; whether it does.
+    """Lets glibc keep what a step frees for the next step; returns whether it does.
 
     By default each large tensor is mapped anew from the kernel, which must clear its pages first: a
     quarter of the time of a training step of 1 x 128 tokens on a CPU. On other systems than Linux
@@ -79,55 +64,20 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """bf16 FLOP/s of a GPU by its maker's data sheet; None where it is not in `PEAKS`."""
+    """bf16 FLOP/s of a GPU by its maker's data sheet; None if it is not in `PEAKS`."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((tera * 1e12 for known, tera in PEAKS.items() if known in name), None)
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """What the machine does at best: products in FLOP/s, reading in bytes/s."""
-
-    flops: float
-    bandwidth: float
-
-    @classmethod
-    def of(cls, device: torch.device, precision: torch.dtype) -> Ceiling:
-        size = 8192 if device.type == "cuda" else 2048
-        square = torch.randn(size, size, device=device).to(precision)
-        large = torch.ones(250_000_000, device=device)  # 1 GB
-        product = fastest(lambda: square @ square, device)
-        return cls(2 * size**3 / product, large.nbytes / fastest(large.sum, device))
-
-    def __str__(self) -> str:
-        products, reading = f"{self.flops / 1e9:.0f} GFLOP/s", f"{self.bandwidth / 1e9:.0f} GB/s"
-        return f"the machine at its best: {products} in matrix products, {reading} read from memory"
-
-
-def fastest(call: Callable[[], Any], device: torch.device, rounds: int = 20) -> float:
-    """Seconds of the fastest of some calls."""
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
-
-
 def machine(device: torch.device) -> str:
+    """The name of a GPU, or of the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def cpu_name() -> str:
-    """As Linux calls it; elsewhere, what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    kind = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.processor() or platform.machine()} ({kind})"
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.is_file() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+    kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"{name} ({kind}), {threads} threads"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled as Ctrl-C is; main.py leaves with another exit code."""
+    """SIGTERM, handled like Ctrl-C; main.py leaves with another exit code."""
 
     exit_code = 143
 
@@ -24,35 +24,35 @@ def raise_on_sigterm() -> None:
 
 
 @contextmanager
-def deferred(agreed: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
-    """Signals wait for `safe_point(before)`, which is yielded: nothing is half made or recorded.
+def deferred_signals(all_reduce: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
+    """Signals wait for `safe_point(before)`, which is yielded: no step stops half done.
 
     It calls `before`, if given, then acts as the signal would have. A second signal acts at once.
-    agreed: of several processes, makes the number of a signal that one has met known to all.
-    Outside the main thread, where none arrives, this does nothing.
+    all_reduce: with several processes, tells all of them the number of a signal that one received.
+    Outside the main thread, which no signal reaches, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda before=None: None
         return
-    waiting: list[int] = []
+    received: list[int] = []
 
     def wait(number: int, frame) -> None:
-        waiting.append(number)
-        if len(waiting) > 1:
-            usual[number](number, frame)
+        received.append(number)
+        if len(received) > 1:
+            handlers[number](number, frame)
 
     def safe_point(before: Callable[[], None] | None = None) -> None:
-        if number := agreed(waiting[0] if waiting else 0):
+        if number := all_reduce(received[0] if received else 0):
             if before:
                 before()
-            usual[number](number, None)
+            handlers[number](number, None)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
-    usual = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
-    for number in usual:
+    handlers = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
+    for number in handlers:
         signal.signal(number, wait)
     try:
         yield safe_point
     finally:
-        for number, handler in usual.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

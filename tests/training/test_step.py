@@ -1,6 +1,7 @@
-"""Updates in parts, recomputed, in bfloat16, compiled; and after numbers that are not finite."""
+"""One training step: loss, rate, optimizer; micro-batches, bfloat16, numbers not finite."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,89 @@ from SmolLm3 import LlamaModel
 from workflow.config.load import load_config
 from workflow.errors import NonFiniteError
 from workflow.training import hardware
-from workflow.training.step import CHUNK, NextTokenLoss, TrainStep
+from workflow.training.step import (
+    CHUNK,
+    NextTokenLoss,
+    TrainStep,
+    evaluating,
+    learning_rate,
+    make_optimizer,
+)
+
+
+@pytest.fixture
+def model(config) -> LlamaModel:
+    torch.manual_seed(0)
+    return LlamaModel(config.trained)
+
+
+def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model):
+    tokens = torch.randint(257, (2, 17))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    loss = NextTokenLoss(model)(inputs, targets)
+    loss.backward()
+    gradient = model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
+
+
+def test_the_rate_warms_up_falls_and_stays(config):
+    settings = config.train.model_copy(
+        update={
+            "learning_rate": 1.0,
+            "min_learning_rate": 0.1,
+            "warmup_steps": 10,
+            "schedule_steps": 110,
+        }
+    )
+    rates = [learning_rate(step, settings) for step in range(200)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[110:] == [pytest.approx(0.1)] * 90
+    assert all(a > b for a, b in itertools.pairwise(rates[10:111]))
+
+
+def test_the_published_recipe_is_constant_until_its_last_fifth():
+    """huggingface/smollm, text/pretraining/smollm2: 3e-3 for 1.05 M tokens an update."""
+    config = load_config(ROOT / "SmolLm3_Config.yaml", "pretrain")
+    train = config.train
+    rates = [learning_rate(step, train) for step in range(5100)]
+    share = train.batch_size * train.sequence_length / 2**20
+    assert rates[5] == pytest.approx(3e-3 * share**0.5, rel=1e-2)
+    assert set(rates[5:4041]) == {rates[5]}
+    assert rates[4545] == pytest.approx(rates[5] / 2) and set(rates[5050:]) == {0.0}
+    assert (train.weight_decay, train.betas, train.clip_norm) == (0.01, (0.9, 0.95), 1.0)
+    assert config.trained.initializer_range == pytest.approx(1 / 24)
+    assert train.warmup_steps / train.schedule_steps == pytest.approx(2000 / 2e6, rel=0.02)
+
+
+def test_the_rate_does_not_depend_on_where_the_run_stops(config):
+    longer = config.train.model_copy(update={"steps": 9999, "resume_steps": 1})
+    assert [learning_rate(s, longer) for s in range(30)] == [
+        learning_rate(s, config.train) for s in range(30)
+    ]
+
+
+def test_the_optimizer_has_every_parameter_once_and_only_matrices_decay(model, config):
+    optimizer = make_optimizer(model, config.train)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] > 0) == (parameter.ndim >= 2)
+
+
+def test_dropout_is_off_while_evaluating_and_comes_back(model):
+    model.train()
+    with pytest.raises(KeyboardInterrupt), evaluating(model):
+        assert not model.training
+        raise KeyboardInterrupt
+    assert model.training
+
 
 CPU = torch.device("cpu")
 
@@ -26,10 +109,10 @@ def updates(config):
         torch.manual_seed(0)
         model = LlamaModel(config.trained)
         train = config.train.model_copy(update={"batch_size": 4, **settings})
-        updater = TrainStep(model, train, CPU)
+        train_step = TrainStep(model, train, CPU)
         for step, rows in enumerate(tokens):
-            updater(step, rows[:, :-1], rows[:, 1:])
-        return model, updater.rows("x")
+            train_step(step, rows[:, :-1], rows[:, 1:])
+        return model, train_step.metrics()
 
     return run
 
@@ -93,20 +176,20 @@ def test_logits_in_chunks_give_the_same_loss_and_gradient(config):
 def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
     torch.manual_seed(0)
     model = LlamaModel(config.trained)
-    updater = TrainStep(model, config.train, CPU)
+    train_step = TrainStep(model, config.train, CPU)
     batch = torch.ones(2, 1, 8, dtype=torch.long)
-    updater(0, *batch)
-    before = copy.deepcopy((model.state_dict(), updater.optimizer.state_dict()["state"]))
+    train_step(0, *batch)
+    before = copy.deepcopy((model.state_dict(), train_step.optimizer.state_dict()["state"]))
     scale = model.norm.weight.data
     scale[0] = math.nan
-    updater(1, *batch)
+    train_step(1, *batch)
     scale[0] = before[0]["norm.weight"][0]
-    updater(2, *batch)  # its own numbers are good
+    train_step(2, *batch)  # its own numbers are good
     torch.testing.assert_close(model.state_dict(), before[0], rtol=0, atol=0)
-    now = updater.optimizer.state_dict()["state"]
+    now = train_step.optimizer.state_dict()["state"]
     torch.testing.assert_close(now, before[1], rtol=0, atol=0)
     with pytest.raises(NonFiniteError, match="loss nan and gradient norm nan at step 2") as caught:
-        updater.rows("x")
+        train_step.metrics()
     assert caught.value.step == 1
 
 

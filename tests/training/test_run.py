@@ -8,16 +8,30 @@ import pytest
 import torch
 
 from conftest import ROOT, overrides
-from workflow import files
 from workflow.config.load import load_config
-from workflow.errors import BusyError, CheckpointError, NonFiniteError
-from workflow.training import checkpoint
-from workflow.training.rehearsal import rehearse
-from workflow.training.run import Run
+from workflow.data import load_corpus
+from workflow.errors import CheckpointError, NonFiniteError
+from workflow.training import (
+    Run,
+    Trainer,
+    checkpoint,
+    continue_uninterrupted,
+    open_run,
+    resume_run,
+    smoke_test,
+)
 
 
-def finished(run: Run, target: int) -> Run:
-    list(run.until(target))
+def corpus_of(config, reference):
+    return load_corpus(config, reference.tokenizer.backend_tokenizer, reference.end_of_text)
+
+
+def opened(config, reference) -> Run:
+    return open_run(config, reference, corpus_of(config, reference))
+
+
+def finished(run: Run, max_steps: int) -> Run:
+    list(run.train(max_steps))
     return run
 
 
@@ -31,23 +45,23 @@ def beside(tmp_path, *more):
 
 
 def test_sampling_between_steps_changes_nothing(config, reference, tmp_path):
-    quiet = finished(Run(config, reference), 20)
-    talking = Run(beside(tmp_path), reference)
-    for _ in talking.until(20):
+    quiet = finished(opened(config, reference), 20)
+    talking = opened(beside(tmp_path), reference)
+    for _ in talking.train(20):
         talking.sample("Once")
     assert losses(talking) == losses(quiet)
-    assert talking.weights_sha256() == quiet.weights_sha256()
+    assert talking.trainer.weights_sha256() == quiet.trainer.weights_sha256()
 
 
-def test_carrying_on_and_resuming_give_the_same_trace(config, reference, capsys):
-    run = finished(Run(config, reference), 20)
+def test_uninterrupted_and_resumed_steps_have_the_same_trace(config, reference, capsys):
+    run = finished(opened(config, reference), 20)
     run.save()
-    never_stopped = run.carry_on(25)
+    uninterrupted = continue_uninterrupted(run, 25)
     run.close()
-    run = finished(Run.resume(run.checkpoint(20), config), 25)
+    run = finished(resume_run(run.directory.checkpoint(20), config), 25)
     run.save()
-    assert run.trace(21) == never_stopped
-    assert len(never_stopped.losses) == 5
+    assert run.trace(21) == uninterrupted
+    assert len(uninterrupted.losses) == 5
     printed = capsys.readouterr().out
     for words in (
         "Step: 20, Train Loss: ",
@@ -60,128 +74,130 @@ def test_carrying_on_and_resuming_give_the_same_trace(config, reference, capsys)
         assert words in printed
 
 
-UPDATE = Run._update
+TRAIN_STEP = Trainer.train_step
 
 
 class Interrupt:
-    """Stands in for `Run._update`, and is interrupted once, at a step."""
+    """In place of `Trainer.train_step`: Ctrl-C comes once, in the middle of a step."""
 
     def __init__(self, step: int):
         self.step, self.done = step, False
 
-    def __get__(self, run, kind):
-        def update():
-            if run.step == self.step and not self.done:
+    def __get__(self, trainer, kind):
+        def train_step():
+            if trainer.global_step == self.step and not self.done:
                 self.done = True
-                raise KeyboardInterrupt
-            return UPDATE(run)
+                signal.raise_signal(signal.SIGINT)
+            return TRAIN_STEP(trainer)
 
-        return update
+        return train_step
 
 
 @pytest.mark.parametrize("step", [3, 22])
-def test_carrying_on_and_resuming_go_on_after_an_interrupt(config, reference, monkeypatch, step):
+def test_uninterrupted_and_resumed_steps_continue_after_an_interrupt(
+    config, reference, monkeypatch, step
+):
     """Each cell of the notebook is interrupted once, and everything is run again."""
-    monkeypatch.setattr(Run, "_update", Interrupt(step))
-    run = Run(config, reference)
+    monkeypatch.setattr(Trainer, "train_step", Interrupt(step))
+    run = opened(config, reference)
     with pytest.raises(KeyboardInterrupt) if step == 3 else nullcontext():
         finished(run, 20)
     finished(run, 20).save()
     if step == 22:
         with pytest.raises(KeyboardInterrupt):
-            run.carry_on(25)
+            continue_uninterrupted(run, 25)
         run.save()  # the cell before, run again: there is nothing to save
-        assert sorted(checkpoint.found(run.checkpoints)) == [10, 20]
-    never_stopped = run.carry_on(25)
+        assert sorted(checkpoint.steps_in(run.directory.folder)) == [10, 20]
+    uninterrupted = continue_uninterrupted(run, 25)
     run.close()
-    assert (never_stopped.first_step, len(never_stopped.losses)) == (21, 5)
+    assert (uninterrupted.first_step, len(uninterrupted.losses)) == (21, 5)
 
-    monkeypatch.setattr(Run, "_update", Interrupt(23))
-    run = Run.resume(run.checkpoint(20), config)
+    monkeypatch.setattr(Trainer, "train_step", Interrupt(23))
+    run = resume_run(run.directory.checkpoint(20), config)
     with pytest.raises(KeyboardInterrupt):
         finished(run, 25)
-    run = Run(config, reference)  # Run All
-    assert run.step == 23
-    assert run.carry_on(25) == never_stopped
+    run = opened(config, reference)  # Run All
+    assert run.global_step == 24
+    assert continue_uninterrupted(run, 25) == uninterrupted
     run.close()
-    run = finished(Run.resume(run.checkpoint(20), config), 25)
-    assert run.trace(21) == never_stopped
+    run = finished(resume_run(run.directory.checkpoint(20), config), 25)
+    assert run.trace(21) == uninterrupted
 
 
 def test_a_real_interrupt_waits_until_the_update_is_done_and_recorded(config, reference):
-    run = Run(config, reference)
-    update = run._update
+    run = opened(config, reference)
+    train_step = run.trainer.train_step
 
     def pressed():
-        if run.step == 4:
+        if run.global_step == 4:
             signal.raise_signal(signal.SIGINT)
-        return update()
+        return train_step()
 
-    run._update = pressed
+    run.trainer.train_step = pressed
     with pytest.raises(KeyboardInterrupt):
         finished(run, 20)
-    assert run.step == len(losses(run)) == 5
+    assert run.global_step == len(losses(run)) == 5
 
 
 def test_a_closed_run_says_so(config, reference):
-    run = finished(Run(config, reference), 3)
+    run = finished(opened(config, reference), 3)
     run.close()
     run.close()
-    with pytest.raises(CheckpointError, match="this run is closed"):
+    with pytest.raises(CheckpointError, match="it is closed; open it again"):
         run.sample("Once")
-    with pytest.raises(CheckpointError, match="this run is closed"):
+    with pytest.raises(CheckpointError, match="it is closed; open it again"):
         finished(run, 20)
     run.save()
-    assert checkpoint.found(run.checkpoints) == []
+    assert checkpoint.steps_in(run.directory.folder) == []
 
 
 def test_a_checkpoint_elsewhere_does_not_touch_the_run(config, reference, tmp_path):
-    run = finished(Run(config, reference), 10)
+    run = finished(opened(config, reference), 10)
     run.save()
     run.close()
-    copy = shutil.copytree(run.checkpoints, tmp_path / "backup" / run.name) / "checkpoint_10.pt"
+    folder = shutil.copytree(run.directory.folder, tmp_path / "backup" / run.name)
     with pytest.raises(CheckpointError, match=r"--set paths\.checkpoints="):
-        Run.resume(copy, config)
+        resume_run(folder / "checkpoint_10.pt", config)
 
 
 def test_what_a_kill_left_half_written_is_removed(config, reference, capsys):
-    run = Run(config, reference)
-    (run.checkpoints / "checkpoint_5.pt.tmp.123").write_bytes(b"half")
+    run = opened(config, reference)
+    (run.directory.folder / "checkpoint_5.pt.tmp.123").write_bytes(b"half")
     run.close()
-    Run(config, reference).close()
+    opened(config, reference).close()
     assert "Removed checkpoint_5.pt.tmp.123" in capsys.readouterr().out
-    assert not list(run.checkpoints.glob("*.tmp.*"))
+    assert not list(run.directory.folder.glob("*.tmp.*"))
 
 
 def test_weights_that_are_not_finite_are_not_saved(config, reference):
-    run = finished(Run(config, reference), 3)
+    run = finished(opened(config, reference), 3)
     with torch.no_grad():
-        run.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
+        run.trainer.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match="nothing is saved"):
         run.save()
-    assert checkpoint.found(run.checkpoints) == []
+    assert checkpoint.steps_in(run.directory.folder) == []
 
 
 def test_run_again_after_the_end_nothing_is_trained(config, reference, capsys, monkeypatch):
-    run = finished(Run(config, reference), 20)
+    run = finished(opened(config, reference), 20)
     text = run.sample("Once upon")
     run.save()
-    never_stopped = run.carry_on(25)
+    uninterrupted = continue_uninterrupted(run, 25)
     run.close()
-    run = finished(Run.resume(run.checkpoint(20), config), 25)
+    run = finished(resume_run(run.directory.checkpoint(20), config), 25)
     run.save()
-    history, weights = list(run.history), run.weights_sha256()
+    history, weights = list(run.history), run.trainer.weights_sha256()
     run.close()
     capsys.readouterr()
 
-    monkeypatch.setattr(Run, "_update", None)  # from here on an update would fail
-    run = finished(Run(config, reference), 20)
+    monkeypatch.setattr(Trainer, "train_step", None)  # from here on a step would fail
+    run = finished(opened(config, reference), 20)
     run.save()
-    assert run.carry_on(25) == never_stopped
+    assert continue_uninterrupted(run, 25) == uninterrupted
     run.close()
-    run = finished(Run.resume(run.checkpoint(20), config), 25)
+    run = finished(resume_run(run.directory.checkpoint(20), config), 25)
     run.save()
-    assert (run.history, run.weights_sha256()) == (history, weights)
+    assert (run.history, run.trainer.weights_sha256()) == (history, weights)
     printed = capsys.readouterr().out
     assert "resuming from checkpoint_25.pt" in printed
     assert "already at step 25" in printed
@@ -191,78 +207,79 @@ def test_run_again_after_the_end_nothing_is_trained(config, reference, capsys, m
 
 
 def test_a_broken_off_loop_goes_on_where_it_was(config, reference, tmp_path):
-    straight = finished(Run(beside(tmp_path), reference), 20)
-    run = Run(config, reference)
-    for step in run.until(20):
+    straight = finished(opened(beside(tmp_path), reference), 20)
+    run = opened(config, reference)
+    for step in run.train(20):
         if step == 7:
             break
-    assert run.step == 7
+    assert run.global_step == 7
     assert losses(finished(run, 20)) == losses(straight)
 
 
-def test_a_run_opened_again_in_the_same_process_goes_on(config, reference, tmp_path):
-    straight = finished(Run(beside(tmp_path), reference), 20)
-    first = Run(config, reference)
-    for step in first.until(20):
-        if step == 7:
+def test_a_run_opened_again_in_the_same_process_repeats_the_steps_since_its_checkpoint(
+    config, reference, tmp_path
+):
+    straight = finished(opened(beside(tmp_path), reference), 20)
+    for step in opened(config, reference).train(20):
+        if step == 13:
             break
-    again = Run(config, reference)  # the cell was run twice; the first run is saved and closed
-    assert again.step == 7
+    again = opened(config, reference)  # the cell was run twice
+    assert again.global_step == 10
     assert losses(finished(again, 20)) == losses(straight)
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_written_anew(config, reference, tmp_path):
-    straight = finished(Run(beside(tmp_path), reference), 20)
-    run = finished(Run(config, reference), 20)
+    straight = finished(opened(beside(tmp_path), reference), 20)
+    run = finished(opened(config, reference), 20)
     run.save()
-    path = run.checkpoint(20)
+    path = run.directory.checkpoint(20)
     run.close()
     path.write_bytes(path.read_bytes()[:-1])
-    run = Run(config, reference)
-    assert run.step == 10
+    run = opened(config, reference)
+    assert run.global_step == 10
     finished(run, 20).save()
-    assert run.weights_sha256() == straight.weights_sha256()
+    assert run.trainer.weights_sha256() == straight.trainer.weights_sha256()
     assert checkpoint.load(path)["step"] == 20
 
 
 def test_a_run_killed_between_checkpoints_repeats_the_steps_since(config, reference, tmp_path):
-    straight = finished(Run(beside(tmp_path), reference), 20)
-    run = Run(config, reference)
-    for step in run.until(20):
+    straight = finished(opened(beside(tmp_path), reference), 20)
+    run = opened(config, reference)
+    for step in run.train(20):
         if step == 17:
             break
     run.close()  # as a kill would: step 10 is the newest checkpoint
-    run = Run(config, reference)
-    assert run.step == 10
+    run = opened(config, reference)
+    assert run.global_step == 10
     assert losses(finished(run, 20)) == losses(straight)
-    assert run.weights_sha256() == straight.weights_sha256()
+    assert run.trainer.weights_sha256() == straight.trainer.weights_sha256()
 
 
 def change(config, reference, tmp_path, mutate) -> Run:
     """A run of 10 steps whose checkpoint is changed by `mutate` before the resume."""
-    run = finished(Run(config, reference), 10)
+    run = finished(opened(config, reference), 10)
     run.save()
-    path = run.checkpoint(10)
+    path = run.directory.checkpoint(10)
     run.close()
     state = checkpoint.load(path)
     mutate(state)
     checkpoint.save(path, state)
-    return finished(Run.resume(path, config), 20)
+    return finished(resume_run(path, config), 20)
 
 
 @pytest.mark.parametrize("part", list(checkpoint.CONTENTS))
 def test_without_any_part_of_the_checkpoint_the_resume_is_refused(
     config, reference, tmp_path, part
 ):
-    run = finished(Run(config, reference), 10)
+    run = finished(opened(config, reference), 10)
     run.save()
-    path = run.checkpoint(10)
+    path = run.directory.checkpoint(10)
     run.close()
     state = torch.load(path, weights_only=True)
     del state[part]
     torch.save(state, path)
     with pytest.raises(CheckpointError):
-        Run.resume(path, config)
+        resume_run(path, config)
 
 
 @pytest.mark.parametrize(
@@ -300,39 +317,39 @@ def test_a_checkpoint_without_an_item_or_with_another_is_refused(
     ],
 )
 def test_an_item_of_another_value_changes_the_result(config, reference, tmp_path, mutate):
-    straight = finished(Run(beside(tmp_path), reference), 20)
+    straight = finished(opened(beside(tmp_path), reference), 20)
     changed = change(config, reference, tmp_path, mutate)
-    assert changed.weights_sha256() != straight.weights_sha256()
+    assert changed.trainer.weights_sha256() != straight.trainer.weights_sha256()
 
 
 def test_an_edited_setting_is_refused_with_both_values(config, reference, tmp_path):
-    run = finished(Run(config, reference), 10)
+    run = finished(opened(config, reference), 10)
     run.save()
     run.close()
     path = ROOT / "SmolLm3_Config.yaml"
     edited = load_config(path, "ci", overrides(tmp_path, "train.learning_rate=1e-4"))
     words = "train.learning_rate is 0.003 in the checkpoint and 0.0001 now"
     with pytest.raises(CheckpointError, match=words):
-        Run.resume(run.checkpoint(10), edited)
-    assert Run(edited, reference).name != run.name
+        resume_run(run.directory.checkpoint(10), edited)
+    assert opened(edited, reference).name != run.name
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_the_update(config, reference):
-    run = finished(Run(config, reference), 3)
+    run = finished(opened(config, reference), 3)
     with torch.no_grad():
-        run.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    before = run.weights_sha256()
+        run.trainer.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    before = run.trainer.weights_sha256()
     with pytest.raises(NonFiniteError, match="at step 4"):
         finished(run, 5)
-    assert run.step == 3
-    assert run.weights_sha256() == before
+    assert run.global_step == 3
+    assert run.trainer.weights_sha256() == before
 
 
 @pytest.fixture
 def ahead(monkeypatch):
     """As on a GPU, where updates are launched before the numbers of earlier ones are there."""
     monkeypatch.setattr(
-        Run, "_waits", lambda run, target: run.step % 7 == 0 or run._validates(target)
+        Run, "_metrics_due", lambda run, n: run.global_step % 7 == 0 or run._validation_step(n)
     )
 
 
@@ -341,18 +358,18 @@ def rows(run: Run) -> list[dict]:
 
 
 def test_numbers_that_come_later_make_the_same_record(config, reference, tmp_path, request):
-    at_once = finished(Run(config, reference), 20)
+    at_once = finished(opened(config, reference), 20)
     request.getfixturevalue("ahead")
-    run = Run(beside(tmp_path), reference)
-    for step in run.until(20):
+    run = opened(beside(tmp_path), reference)
+    for step in run.train(20):
         if step == 12:
             assert run.history[-1]["step"] == 12  # who looks, waits
             break
-    for step in run.until(20):
+    for step in run.train(20):
         if step == 16:
             run.sample("Once")
     assert [row for row in rows(run) if "sample" not in row] == rows(at_once)
-    assert run.weights_sha256() == at_once.weights_sha256()
+    assert run.trainer.weights_sha256() == at_once.trainer.weights_sha256()
     run.save()
     assert [row["step"] for row in run.history[-2:]] == [20, 20]
 
@@ -360,40 +377,33 @@ def test_numbers_that_come_later_make_the_same_record(config, reference, tmp_pat
 def test_a_number_that_comes_later_and_is_not_finite_stops_the_run_where_it_was(
     config, reference, ahead, monkeypatch
 ):
-    run = Run(config, reference)
-    batch = Run.batch
+    run = opened(config, reference)
+    batch = Trainer.batch
 
-    def poisoned(run, step):
-        if step == 3:  # for one update
-            run.model.norm.weight.data[0] = float("nan")
+    def poisoned(trainer, step):
+        if step == 3:  # for one step
+            trainer.model.norm.weight.data[0] = float("nan")
         if step == 4:
-            run.model.norm.weight.data[0] = 1.0
-        return batch(run, step)
+            trainer.model.norm.weight.data[0] = 1.0
+        return batch(trainer, step)
 
-    monkeypatch.setattr(Run, "batch", poisoned)
+    monkeypatch.setattr(Trainer, "batch", poisoned)
     with pytest.raises(NonFiniteError, match="at step 4"):
         finished(run, 20)
-    assert run.step == 3
-    run.hand_over()
-    assert not checkpoint.found(run.checkpoints)
-
-
-def test_a_second_process_is_refused(config, reference):
-    run = Run(config, reference)
-    held = run.checkpoints
-    with pytest.raises(BusyError, match="in use by process"):
-        files.lock_folder(held, "here")
-    run.close()
-    files.lock_folder(held, "here").release()
+    assert run.global_step == 3
+    with pytest.raises(CheckpointError, match="it was stopped in the middle of a step"):
+        run.save()
+    assert not checkpoint.steps_in(run.directory.folder)
 
 
 def test_loss_starts_at_the_references_own_and_falls(config, reference, tmp_path):
-    rehearsal = rehearse(config, reference)
-    inputs, targets = rehearsal.batches[0]
+    corpus = corpus_of(config, reference)
+    test = smoke_test(config, reference, corpus)
+    inputs, targets = test.batches[0]
     with torch.no_grad():
         logits = reference.model(inputs).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-    assert abs(rehearsal.recorded.losses[0] - expected) < 1e-5
-    assert rehearsal.exact
-    assert rehearse(config, reference).recorded == rehearsal.recorded
+    assert abs(test.logged.losses[0] - expected) < 1e-5
+    assert test.exact
+    assert smoke_test(config, reference, corpus).logged == test.logged
     assert not list((tmp_path / "checkpoints").glob("*rehearsal*"))

@@ -1,0 +1,48 @@
+"""The folder of a run's checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from workflow.config.settings import Config
+from workflow.files import check_free_space, lock_folder, remove_temporary_files
+from workflow.training import checkpoint, distributed
+
+
+class RunDirectory:
+    """Where a run's checkpoints are; locked for one process, which alone may save there.
+
+    Raises BusyError, naming that process, or DiskError.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.open = folder, distributed.is_main_process()
+        if self.open:
+            self._lock = lock_folder(folder, checkpoint.SETTING)
+            remove_temporary_files(folder)
+
+    def checkpoint(self, step: int) -> Path:
+        return checkpoint.checkpoint_path(self.folder, step)
+
+    def save(self, state: dict[str, Any], keep: int, milestones: Collection[int]) -> None:
+        """Writes a checkpoint, then deletes older ones: all but `keep` and the `milestones`."""
+        checkpoint.save(self.checkpoint(state["step"]), state)
+        older = [step for step in checkpoint.steps_in(self.folder) if step <= state["step"]]
+        for step in older[keep:]:
+            if step not in milestones:
+                self.checkpoint(step).unlink()
+
+    def check_free_space(self, config: Config, weights_bytes: int) -> None:
+        """Raises DiskError if the checkpoints of the whole run will not fit."""
+        saves = config.last_step // config.train.checkpoint_every + 2
+        count = min(saves, config.train.keep_checkpoints + 2)  # the resumed one, and one at work
+        missing = max(count - len(checkpoint.steps_in(self.folder)), 1)
+        size = 3 * weights_bytes * missing  # weights and two moments
+        check_free_space(self.folder, size, f"{count} checkpoints", checkpoint.SETTING)
+
+    def close(self) -> None:
+        if self.open:
+            self._lock.release(force=True)
+        self.open = False

@@ -1,0 +1,266 @@
+"""What a run logs and prints: metrics.jsonl, TensorBoard, a progress bar, traces to compare."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from workflow.config.settings import TrainSettings
+from workflow.errors import CheckpointError
+from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
+
+SETTING = "paths.runs"  # the key of the YAML that says where logs are
+SCALARS = {  # key of a row -> TensorBoard's tag
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "learning_rate": "learning_rate",
+    "gradient_norm": "gradient_norm",
+    "tokens_per_second": "tokens_per_second",
+    "flops_utilisation": "flops_utilisation",
+}
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """Some steps of a run, to compare bit for bit: their losses, and the weights after the last."""
+
+    first_step: int
+    losses: tuple[float, ...]
+    weights_sha256: str
+
+    @classmethod
+    def read(cls, file: Path) -> StepTrace:
+        values = json.loads(file.read_text())
+        return cls(**values | {"losses": tuple(values["losses"])})
+
+    def write(self, file: Path) -> None:
+        write_text_atomic(file, json.dumps(asdict(self)), SETTING)
+
+
+class InMemoryLogger:
+    """The rows of a run, in `rows`. Each is a flat dict with "step" (steps done) and any of
+
+    loss (nats a token, before the update), learning_rate, gradient_norm (before clipping),
+    tokens_per_second, flops_utilisation (of a GPU's bf16 peak, if known); validation_loss; prompt
+    and sample; or `began` (when, UTC) and `commit`: of the code that computed the steps after it.
+    """
+
+    def __init__(self):
+        self.rows: list[dict[str, Any]] = []
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+
+    def log_histograms(self, step: int, model: nn.Module) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def has(self, key: str, step: int) -> bool:
+        """Whether a row of this step has `key`."""
+        return any(key in row for row in self.rows if row["step"] == step)
+
+    def sample(self, step: int, prompt: str) -> str | None:
+        """The text generated from `prompt` at `step`, if there is one."""
+        rows = (row for row in self.rows if row["step"] == step and row.get("prompt") == prompt)
+        return next((row["sample"] for row in rows), None)
+
+
+class MetricsLogger(InMemoryLogger):
+    """The same in metrics.jsonl and TensorBoard, from the rows up to `step` on.
+
+    Later rows, of steps that are trained again, are removed. provenance: of weights and text, kept
+    next to the log; settings: the run's, shown in TensorBoard. Raises DiskError.
+    """
+
+    def __init__(self, folder: Path, step: int, provenance: Mapping, settings: Mapping):
+        self.folder, file = folder, folder / "metrics.jsonl"
+        self._began = datetime.now(UTC).isoformat(timespec="seconds")
+        with disk_errors(folder, SETTING):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_temporary_files(folder)
+            old = read_rows(file)
+            if step == 0 and any(row["step"] > 0 for row in old):  # its checkpoints are gone
+                file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
+            self.rows = [row for row in old if row["step"] <= step and step]
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            write_text_atomic(file, lines, SETTING)
+            text = json.dumps(provenance, indent=1) + "\n"
+            write_text_atomic(folder / "made_of.json", text, SETTING)
+            self._file = open(file, "ab", buffering=0)  # a kill loses no row
+            self._board = summary_writer(folder, step)
+            if not step:
+                rows = "".join(f"| {name} | {value} |\n" for name, value in provenance.items())
+                self._board.add_text("provenance", f"| what | which |\n|---|---|\n{rows}", 0)
+                self._board.add_text("config", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
+
+    def log(self, row: dict[str, Any]) -> None:
+        if self._began and "loss" in row:  # the first step that this process trains
+            began, self._began = self._began, None
+            self.log({"step": row["step"] - 1, "began": began, "commit": git_commit()})
+        super().log(row)
+        with disk_errors(self.folder, SETTING):
+            self._file.write((json.dumps(row) + "\n").encode())
+            for key in SCALARS.keys() & row.keys():
+                self._board.add_scalar(SCALARS[key], row[key], row["step"])
+            if "sample" in row:
+                self._board.add_text("sample", row["sample"], row["step"])
+
+    def log_histograms(self, step: int, model: nn.Module) -> None:
+        """Weights, and gradients if there are any, for TensorBoard only."""
+        with disk_errors(self.folder, SETTING):
+            for name, parameter in model.named_parameters():
+                for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+                    if values is not None:
+                        self._board.add_histogram(f"{kind}/{name}", values, step, bins=64)
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            with disk_errors(self.folder, SETTING):
+                os.fsync(self._file.fileno())
+                self._board.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        with disk_errors(self.folder, SETTING):
+            self._board.close()
+
+
+def summary_writer(folder: Path, step: int) -> SummaryWriter:
+    """A TensorBoard writer that continues after `step`: later points are purged."""
+    now = int(time.time())  # TensorBoard orders event files by the second in their names
+    if any(folder.glob(f"events.out.tfevents.{now}.*")):
+        time.sleep(now + 1 - time.time())
+    before = set(threading.enumerate())
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+    for thread in set(threading.enumerate()) - before:
+        # its thread keeps an error for the writer, which raises it: no traceback of its own
+        thread._invoke_excepthook = lambda _: None
+    return writer
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of the complete lines; a kill can leave a partial one.
+
+    Raises CheckpointError, with its number, for a line that is no row.
+    """
+    lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
+    rows = []
+    for number, line in enumerate(filter(None, lines), 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError):
+            what, fix = f"line {number} is damaged", "move the file away to start a new log"
+            raise CheckpointError(file, what, fix) from None
+    return rows
+
+
+def git_commit() -> str:
+    """The commit of this code, with a + if tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+
+    def output(*words: str) -> str:
+        done = subprocess.run([*git, *words], capture_output=True, text=True, check=True)  # noqa: S603
+        return done.stdout.strip()
+
+    try:
+        changed = output("status", "--porcelain", "--untracked-files=no")
+        return output("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (no git checkout)"
+
+
+# --- on the screen --------------------------------------------------------------------------------
+
+
+class ProgressBar:
+    """A bar and, every so many steps, a line; after a resume it counts from there."""
+
+    def __init__(self, settings: TrainSettings, resumed_at: int):
+        self.settings, self.resumed_at = settings, resumed_at
+        self._bar = tqdm(disable=True)
+
+    def start(self, step: int, max_steps: int) -> None:
+        title = "Resume Training" if self.resumed_at else "Training"
+        counts = {"total": max_steps - self.resumed_at, "initial": step - self.resumed_at}
+        self._bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Moves the bar, and prints the row's line if it has one."""
+        self._bar.update()
+        if line := step_line(row, self.settings, self.resumed_at):
+            tqdm.write(line, file=sys.stdout)
+
+    def clear(self) -> None:
+        """Takes the bar off the line that will be printed on."""
+        if not self._bar.disable:
+            self._bar.clear()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) -> str | None:
+    """What is printed for a step, if anything; after a resume, counted from the checkpoint."""
+    step, loss = row["step"], row["loss"]
+    if not resumed_at:
+        shown = step % settings.print_every == 0
+        return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
+    count = step - resumed_at
+    shown = count % max(settings.resume_steps // 5, 1) == 0
+    return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
+
+
+def replay_log(
+    rows: Iterable[Mapping[str, Any]], settings: TrainSettings, resumed_at: int, step: int
+) -> None:
+    """Prints logged rows as training printed them."""
+    print(f"already at step {step}; replaying the log:")
+    for row in rows:
+        if "sample" in row:
+            print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
+        elif "loss" in row and (line := step_line(row, settings, resumed_at)):
+            print(line)
+
+
+def loss_summary(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
+    """How the losses of a log went, and how far below the unigram model's they ended."""
+    losses = [row["loss"] for row in rows if "loss" in row]
+    held_out = [(row["validation_loss"], row["step"]) for row in rows if "validation_loss" in row]
+    first, last = fmean(losses[:100]), fmean(losses[-100:])
+    (start, _), (best, at), (end, _) = held_out[0], min(held_out), held_out[-1]
+    return (
+        f"training loss: {losses[0]:.4f} at step 1, mean of the first 100 steps {first:.4f}, "
+        f"of the last {last:.4f}\n"
+        f"held out: {start:.4f} at first, best {best:.4f} at step {at}, {end:.4f} at the end, "
+        f"{unigram - end:.4f} below the unigram model"
+    )
+
+
+def sample_table(rows: Iterable[Mapping[str, Any]]):
+    """The samples of a log by step, as a styled DataFrame with the whole texts."""
+    import pandas as pd  # 1 s that training does not need
+
+    samples = [(row["step"], " ".join(row["sample"].split())) for row in rows if "sample" in row]
+    texts = [(step, "".join(filter(str.isprintable, text))) for step, text in samples]
+    style = pd.DataFrame(texts, columns=["step", "sample"]).style.hide(axis="index")
+    return style.format(escape="html").set_properties(**{"text-align": "left"})

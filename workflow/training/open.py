@@ -1,0 +1,129 @@
+"""Opening a run: from its settings, or from one of its checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from SmolLm3 import LlamaModel, load_hf_weights
+from workflow.config.settings import Config
+from workflow.data import Corpus, from_path, load_corpus
+from workflow.errors import CheckpointError
+from workflow.files import write_text_atomic
+from workflow.training import checkpoint, distributed
+from workflow.training.directory import RunDirectory
+from workflow.training.resume import check_allowed
+from workflow.training.run import Run, RunInputs
+from workflow.training.trainer import Trainer
+
+
+def open_run(config: Config, reference, corpus: Corpus) -> Run:
+    """The run of these settings, weights and data: at its newest good checkpoint, or at step 0.
+
+    reference: a `workflow.reference.Reference`. Raises CheckpointError, BusyError or DiskError.
+    """
+    name, tokenizer = run_name(config, reference, corpus), reference.tokenizer.backend_tokenizer
+    provenance = asdict(reference.provenance)
+    inputs = RunInputs(config, corpus, tokenizer, reference.end_of_text, provenance)
+    with distributed.main_process_first(), ExitStack() as on_error:
+        directory = RunDirectory(config.paths.checkpoints / name)
+        on_error.callback(directory.close)
+        save_tokenizer(reference.tokenizer, directory)
+        loaded = checkpoint.newest(directory.folder)
+        print(f"Run {name}: {f'resuming from {loaded[0].name}' if loaded else 'starts at step 0'}")
+        trainer = Trainer(config, corpus)
+        if config.train.init == "reference" and not loaded:
+            load_hf_weights(trainer.model, reference.state_dict)
+        run = Run(inputs, trainer, directory, loaded)
+        on_error.pop_all()
+    return run
+
+
+def run_name(config: Config, reference, corpus: Corpus) -> str:
+    weights_sha256 = reference.provenance.weights_sha256
+    return config.run_name(corpus.text_sha256, corpus.tokenizer_sha256, weights_sha256)
+
+
+def resume_run(
+    path: str | Path, config: Config, allow: Collection[str] = (), corpus: Corpus | None = None
+) -> Run:
+    """The run that `path` is a checkpoint of, in new objects, at that step.
+
+    path: a file, or a folder for the newest in it. If the run has gone on since, its newest
+    checkpoint is loaded instead: no step is trained twice.
+    allow: what may differ from the checkpoint; see `resume.check_allowed`. corpus: the run's data;
+    None: loaded again.
+    """
+    check_allowed(allow)
+    path, state = find_checkpoint(config.paths.checkpoints, Path(path).resolve())
+    resumed_at = state["step"]
+    with distributed.main_process_first(), ExitStack() as on_error:
+        inputs = saved_inputs(config, path.parent, state, corpus)
+        directory = RunDirectory(path.parent)
+        on_error.callback(directory.close)
+        print(f"Loaded {path.name}")
+        if max(checkpoint.steps_in(path.parent), default=0) > resumed_at:
+            path, state = checkpoint.newest(path.parent)
+            print(f"The run has gone on since: its log goes to {path.name}")
+        trainer = Trainer(config, inputs.corpus)
+        run = Run(inputs, trainer, directory, (path, state), resumed_at, allow)
+        on_error.pop_all()
+    return run
+
+
+def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
+    """Writes transformers' `tokenizer` next to the checkpoints: a resume needs no reference."""
+    last = "tokenizer.json"  # where it is, all files are
+    if directory.open and not (directory.folder / last).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            texts = {file.name: file.read_text("utf-8") for file in Path(folder).iterdir()}
+        texts.pop(last)
+        for name, text in {**texts, last: tokenizer.backend_tokenizer.to_str()}.items():
+            write_text_atomic(directory.folder / name, text, checkpoint.SETTING)
+
+
+def saved_inputs(
+    config: Config, folder: Path, state: dict[str, Any], corpus: Corpus | None
+) -> RunInputs:
+    """What a checkpoint's run started from: its data, and the tokenizer that is next to it."""
+    tokenizer, end_of_text = checkpoint.load_tokenizer(folder), state["tokenizer"]["end_of_text"]
+    corpus, settings = corpus or load_corpus(config, tokenizer, end_of_text), config.data
+    if settings.source == "auto" and corpus.text_sha256 != state["data"].get("text_sha256"):
+        source = from_path(settings.text, settings.column)  # the Hub could not be reached then
+        corpus = load_corpus(config, tokenizer, end_of_text, source)
+    return RunInputs(config, corpus, tokenizer, end_of_text, state["reference"])
+
+
+def find_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:
+    """`path`, or the newest checkpoint in that folder, and its state.
+
+    Raises CheckpointError if the run is not one of those in `checkpoints`.
+    """
+    if path.is_dir():
+        found = checkpoint.newest(path)
+        if found is None:
+            raise CheckpointError(path, "no checkpoint in this folder", "name another")
+    else:
+        found = path, checkpoint.load(path)
+    if found[0].parent.parent != checkpoints.resolve():
+        place = found[0].parent.parent
+        fix = f"put its folder there, or give --set paths.checkpoints={place}"
+        raise CheckpointError(found[0], f"it is not in {checkpoints}", fix)
+    return found
+
+
+def initial_model(config: Config, reference) -> LlamaModel:
+    """The model as a run has it at step 0; no random state changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = LlamaModel(config.trained)
+    if config.train.init == "reference":
+        load_hf_weights(model, reference.state_dict)
+    return model.eval()
