@@ -15,14 +15,13 @@ exit codes:
 An error is one line on stderr: error: WHERE: WHAT is wrong; HOW to fix it.
 """
 
-from __future__ import annotations
-
 import inspect
 import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -126,8 +125,7 @@ def generate(arguments: Namespace) -> None:
     example:
       python main.py generate "Once upon a time," --top-k 50 --temperature 0.8
     """
-    prompt = arguments.prompt
-    prompt = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt
     model, tokenizer, _, config = open_model(arguments)
     filters = arguments.top_k, arguments.top_p, arguments.min_p
     options = analysis.sampling_options(arguments.temperature, *filters)
@@ -192,8 +190,6 @@ def bench(arguments: Namespace) -> None:
 COMMANDS = {"run": run, "verify": verify, "break": mutate, "train": train, "resume": resume}
 COMMANDS |= {"generate": generate, "evaluate": evaluate, "export": export, "bench": bench}
 
-# --- what they share ------------------------------------------------------------------------------
-
 
 def configure(arguments: Namespace) -> Config:
     config = load_config(profile=arguments.profile, overrides=arguments.set)
@@ -222,20 +218,13 @@ def open_model(arguments: Namespace):
 
 def train_until(max_steps: int, run, config: Config) -> None:
     """The loop of the notebook, with a sample at step 0 and at the last, then a checkpoint."""
-
-    def show_sample() -> None:
-        print(f"=== Generation @ step {run.global_step} ===\n{run.sample(config.sample.prompt)}")
-
-    if run.global_step == 0:
-        show_sample()
-    for step in run.train(max_steps):
+    start = [0] if run.global_step == 0 else []
+    for step in chain(start, run.train(max_steps)):
         if step % config.sample.every == 0 or step == max_steps:
-            show_sample()
+            text = run.sample(config.sample.prompt)
+            print(f"=== Generation @ step {run.global_step} ===\n{text}")
     run.save_and_close()
     distributed.end()
-
-
-# --- the command line -----------------------------------------------------------------------------
 
 
 def parser() -> ArgumentParser:
@@ -248,7 +237,12 @@ def parser() -> ArgumentParser:
         texts = {"help": about.splitlines()[0], "epilog": f"example:\n{example}"}
         part = parts.add_parser(name, description=about, **texts, **layout)
         add_options(part, name)
-        add_common_options(part.add_argument_group("options of every command"))
+        add = part.add_argument_group("options of every command").add_argument
+        words = "full, pretrain, cpu, quick or ci (default: SMOLLM_PROFILE, else the YAML's)"
+        add("--profile", metavar="NAME", help=words)
+        words = "change any setting; may be repeated (default: what SMOLLM_SET says)"
+        add("--set", metavar="KEY=VALUE", action="append", default=[], help=words)
+        add("--debug", action="store_true", help="show the traceback of an error")
     return whole
 
 
@@ -262,10 +256,7 @@ def add_options(part: ArgumentParser, command: str) -> None:
     elif command == "resume":
         words = "a checkpoint's file, or a run's folder for its newest one"
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)
-        words = (
-            "let this setting differ: a key such as train.learning_rate, or random for missing "
-            "random states; may be repeated (default: none)"
-        )
+        words = "let this train.KEY differ, or random (missing states); repeatable (default: none)"
         add("--allow", metavar="KEY", action="append", default=[], help=words)
     elif command == "generate":
         add_generate_options(part)
@@ -273,56 +264,33 @@ def add_options(part: ArgumentParser, command: str) -> None:
         words = "a checkpoint's file, or the word reference: the original"
         add("checkpoint", metavar="CHECKPOINT", help=words)
     if command == "evaluate":
-        words = "the text to score, a UTF-8 file"
-        add("--data", metavar="TEXT", type=Path, required=True, help=words)
+        add("--data", metavar="TEXT", type=Path, required=True, help="a UTF-8 file to score")
         add("--window", metavar="N", type=int, default=1024, help="tokens (default: 1024)")
-        words = "tokens between the starts of two windows (default: the window)"
-        add("--stride", metavar="N", type=int, help=words)
-        words = "score only as many tokens as N windows hold (default: all)"
-        add("--windows", metavar="N", type=int, help=words)
+        add("--stride", metavar="N", type=int, help="tokens between starts (default: window)")
+        add("--windows", metavar="N", type=int, help="score N × WINDOW tokens (default: all)")
     elif command == "export":
-        words = "where to write: a new or an empty folder"
-        add("folder", metavar="FOLDER", type=Path, help=words)
-        words = "also write a GGUF file of this type (default: none)"
-        add("--gguf", choices=("F32", "F16", "Q8_0"), help=words)
+        add("folder", metavar="FOLDER", type=Path, help="a new or an empty folder")
+        add("--gguf", choices=("F32", "F16", "Q8_0"), help="also write GGUF (default: none)")
     elif command == "bench":
-        words = "pairs of calls for each row (default: 7)"
-        add("--rounds", metavar="N", type=int, default=7, help=words)
-        words = "only rows whose name contains these words (default: all)"
-        add("--only", metavar="WORDS", default="", help=words)
+        add("--rounds", metavar="N", type=int, default=7, help="pairs of calls a row (default: 7)")
+        add("--only", metavar="WORDS", default="", help="rows with these words (default: all)")
 
 
 def add_generate_options(part: ArgumentParser) -> None:
     add, flag = part.add_argument, {"action": "store_true"}
-    words = "the text to continue; - is all of stdin (default: -)"
-    add("prompt", metavar="PROMPT", nargs="?", default="-", help=words)
+    add("prompt", metavar="PROMPT", nargs="?", default="-", help="- is all of stdin (default: -)")
     words = "a checkpoint's file (default: reference, the original)"
     add("--checkpoint", metavar="FILE", default=REFERENCE, help=words)
     add("--bf16", **flag, help="round the weights to bfloat16: faster, not exact")
-    words = "ask PROMPT as a user's turn; needs an Instruct model's template"
-    add("--chat", **flag, help=words)
-    words = "how many new tokens at most (default: 64)"
-    add("--tokens", metavar="N", type=int, default=64, help=words)
+    add("--chat", **flag, help="ask PROMPT as a user's turn; needs an Instruct model")
+    add("--tokens", metavar="N", type=int, default=64, help="new tokens at most (default: 64)")
     words = "0 is greedy (default: 0, but 1 with one of the next three)"
     add("--temperature", metavar="T", type=float, help=words)
-    words = "sample from the N most likely tokens (default: all)"
-    add("--top-k", metavar="N", type=int, help=words)
+    add("--top-k", metavar="N", type=int, help="sample from the N likeliest (default: all)")
     words = "sample from the most likely tokens with a total probability of P (default: 1)"
     add("--top-p", metavar="P", type=float, default=1.0, help=words)
     words = "sample from tokens at least P times as likely as the likeliest (default: 0)"
     add("--min-p", metavar="P", type=float, default=0.0, help=words)
-
-
-def add_common_options(group) -> None:
-    words = (
-        "the settings to start from: full, pretrain, cpu, quick or ci (default: SMOLLM_PROFILE, "
-        "else the YAML, whose auto is full with a CUDA GPU and quick without)"
-    )
-    group.add_argument("--profile", metavar="NAME", help=words)
-    words = "change any setting; may be repeated (default: what SMOLLM_SET says)"
-    group.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=words)
-    words = "show the traceback of an error, not one line"
-    group.add_argument("--debug", action="store_true", help=words)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import ROOT, STORY
+from workflow.files import sha256_of
 from workflow.training import checkpoint
 
 SHORT = ("train.steps=20", "train.resume_steps=5", "train.checkpoint_every=10", "sample.every=10")
@@ -84,7 +85,7 @@ def trained(finished, tmp_path):
         (b"  seed: 1234", b"  seed: -1", "run.seed: -1 does not fit: Input should be greater"),
         (b"  seed: 1234", b"  seed: 1\n  seed: 2", 'found duplicate key "seed"'),
         (b"  seed: 1234", b"  seed: !!python/object:os.system x", "not valid YAML here"),
-        (b"  seed: 1234", b"  seed: \xff", "it cannot be read: .utf-8. codec"),
+        (b"  seed: 1234", b"  seed: \xff", "it cannot be read: 'utf-8' codec"),
         (b"  betas: [0.9, 0.95]", b"  betas: [0.9, .nan]", "train.betas.1: nan does not fit"),
         (b"hidden_size: 32", b"hidden_size: 33", "hidden_size 33 is not divisible by"),
         (None, b"", "it holds nothing, expected a table of settings"),
@@ -122,7 +123,7 @@ def test_a_text_or_a_prompt_that_cannot_be_used_says_why(finished, tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"caf\xe9")
     for name, words in (
         ("fifo", "this is a folder or a device"),
-        ("nul.txt", "byte 3 is a NUL"),
+        ("nul.txt", "character 3 is a NUL"),
         ("bom.txt", "byte 6 is not UTF-8"),
     ):
         settings = (*SHORT, f"data.source={tmp_path / name}", f"paths.cache={tmp_path}")
@@ -167,8 +168,11 @@ def change(mutate):
     return apply
 
 
-def embedding(state) -> torch.Tensor:
-    return state["model"]["model.embed_tokens.weight"]
+def poison(path) -> None:
+    """NaN in the weights, with a digest that fits: `checkpoint.save` would refuse it."""
+    state = checkpoint.load(path)
+    state["model"]["model.embed_tokens.weight"][0] = float("nan")
+    torch.save(state | {"digest": sha256_of(checkpoint.flatten(state))}, path)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +200,7 @@ def embedding(state) -> torch.Tensor:
             r"model.norm.weight is bfloat16 \(32,\), expected float32 \(32,\)",
         ),
         (
-            change(lambda s: embedding(s)[0].fill_(float("nan"))),
+            poison,
             "model.model.embed_tokens.weight holds NaN or inf; choose an older one",
         ),
         (

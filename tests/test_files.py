@@ -1,17 +1,18 @@
 """Files appear whole or not at all; folders have one writer; room is looked at before."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from conftest import ROOT
-from workflow.errors import BusyError, DiskError
+from workflow.errors import DiskError
 from workflow.files import (
     atomic_write,
     check_free_space,
-    lock,
+    lock_folder,
     remove_temporary_files,
     write_text_atomic,
 )
@@ -19,6 +20,14 @@ from workflow.files import (
 
 def names(folder) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
+
+
+def in_another_process(program: str, path) -> str:
+    """The last line of its error, or ""; `path` is its argument."""
+    program = f"import sys; from pathlib import Path; from workflow import files; {program}"
+    command = [sys.executable, "-c", program, str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return result.stderr.rpartition("\n")[0].rpartition("\n")[2]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -29,18 +38,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         1 / 0  # noqa: B018
     assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
     program = (
-        "import resource, sys; from pathlib import Path; from workflow import files;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000));"
         "files.write_text_atomic(Path(sys.argv[1]), 'x' * 9999, 'paths.runs')"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    line = result.stderr.splitlines()[-1]
-    assert "DiskError" in line and "MB are free; free some room, or set another place" in line
+    error = in_another_process(program, path)
+    assert error.startswith("workflow.errors.DiskError: ")
+    assert "MB are free; free some room, or set another place: --set paths.runs=PATH" in error
     assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
 
 
@@ -52,7 +55,7 @@ def test_what_a_kill_left_is_removed_with_one_notice(tmp_path, capsys):
     assert len(names(tmp_path)) == 4
     remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["c.pt"]
-    assert capsys.readouterr().out.count("a killed process left half written") == 3
+    assert capsys.readouterr().out.count("the partial file of a killed process") == 3
 
 
 def test_too_little_room_is_said_with_both_figures(tmp_path):
@@ -61,15 +64,19 @@ def test_too_little_room_is_said_with_both_figures(tmp_path):
         check_free_space(tmp_path, 10**15, "2 checkpoints", "paths.checkpoints")
 
 
-def test_a_folder_has_one_writer_at_a_time(tmp_path):
-    held = lock(tmp_path / "run", "paths.checkpoints")
-    with pytest.raises(BusyError, match=f"in use by process {os.getpid()} on .+; wait for it"):
-        lock(tmp_path / "run", "paths.checkpoints")
+def test_a_folder_has_one_writing_process_at_a_time(tmp_path):
+    held = lock_folder(tmp_path / "run", "paths.checkpoints")
+    again = lock_folder(tmp_path / "run", "paths.checkpoints")  # a cell that is run twice
+    program = "files.lock_folder(Path(sys.argv[1]), 'paths.checkpoints')"
+    error = in_another_process(program, tmp_path / "run")
+    assert error.startswith("workflow.errors.BusyError: ")
+    assert re.search(f"in use by process {os.getpid()} on .+; wait for it", error)
     held.release()
-    lock(tmp_path / "run", "paths.checkpoints").release()
+    again.release()
+    assert in_another_process(program, tmp_path / "run") == ""
 
 
 def test_a_folder_that_cannot_be_made_is_said_with_its_path(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DiskError, match="file/run: it cannot be written"):
-        lock(tmp_path / "file" / "run", "paths.checkpoints")
+        lock_folder(tmp_path / "file" / "run", "paths.checkpoints")

@@ -1,7 +1,5 @@
 """What the user can fix, each in one line, with the exit code of `main.py`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -30,15 +28,11 @@ class DataError(WorkflowError):
 
 
 class LostProcessError(WorkflowError):
-    """Another process of a distributed run has ended."""
-
-    exit_code = 1
+    exit_code = 1  # another process of a distributed run has ended
 
 
 class CheckpointError(WorkflowError):
-    """The checkpoint is damaged, foreign, or not of this run."""
-
-    exit_code = 3
+    exit_code = 3  # the checkpoint is damaged, foreign, or not of this run
 
 
 class DamagedError(CheckpointError):
@@ -52,27 +46,19 @@ class ForeignError(CheckpointError):
 
 
 class NonFiniteError(WorkflowError):
-    """The loss or the gradient is NaN or infinite."""
-
-    exit_code = 4
+    exit_code = 4  # the loss or the gradient is NaN or infinite
 
 
 class SourceError(WorkflowError):
-    """The reference or the data set is not available."""
-
-    exit_code = 5
+    exit_code = 5  # the reference or the data set is not available
 
 
 class DiskError(WorkflowError):
-    """There is not enough room, or no permission."""
-
-    exit_code = 6
+    exit_code = 6  # there is not enough room, or no permission
 
 
 class BusyError(WorkflowError):
-    """Another process uses this folder."""
-
-    exit_code = 7
+    exit_code = 7  # another process uses this folder
 
 
 @contextmanager

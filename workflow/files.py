@@ -1,7 +1,5 @@
 """Atomic writes, folders with one writer, free space, hashes; a full disk is one line."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -17,8 +15,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from workflow.errors import BusyError, DiskError
 
-TEMPORARY = "*.tmp.*"  # NAME.tmp.PID, until it is complete
 DAY = 86_400.0  # seconds
+PLACE = "free some room, or set another place: --set {}=PATH"
 
 
 @contextmanager
@@ -35,7 +33,10 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if os.name == "posix":  # so that the rename survives a power cut; Windows has no such call
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
         raise disk_error(path, setting, error, needed) from error
     finally:
@@ -43,16 +44,7 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """So that a rename survives a power cut; Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
 def write_text_atomic(path: Path, text: str, setting: str) -> None:
-    """Writes a small text file, atomically."""
     with atomic_write(path, setting) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -71,11 +63,8 @@ def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> D
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     size = f", it takes {needed / 1e6:.1f} MB" if needed else ""
     free = f"{shutil.disk_usage(existing).free / 1e6:.1f} MB are free"
-    return DiskError(path, f"it cannot be written ({reason}){size}, {free}", other_place(setting))
-
-
-def other_place(setting: str) -> str:
-    return f"free some room, or set another place: --set {setting}=PATH"
+    what = f"it cannot be written ({reason}){size}, {free}"
+    return DiskError(path, what, PLACE.format(setting))
 
 
 def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None:
@@ -83,7 +72,7 @@ def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None
     free = shutil.disk_usage(folder).free
     if free < needed:
         room = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise DiskError(folder, room, other_place(setting))
+        raise DiskError(folder, room, PLACE.format(setting))
 
 
 def remove_temporary_files(folder: Path, untouched: float = 0) -> None:
@@ -91,7 +80,7 @@ def remove_temporary_files(folder: Path, untouched: float = 0) -> None:
 
     untouched: only those not written to for so many seconds; for folders that nobody locks.
     """
-    for path in folder.glob(TEMPORARY):
+    for path in folder.glob("*.tmp.*"):
         if time.time() - path.stat().st_mtime >= untouched:
             print(f"Removed {path.name}, the partial file of a killed process")
             shutil.rmtree(path) if path.is_dir() else path.unlink()

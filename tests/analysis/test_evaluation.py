@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from SmolLm3 import LlamaModel
-from workflow.analysis import Evaluation, compare_models, evaluate, evaluation, unigram_loss
-from workflow.data import load_corpus
-from workflow.proof.checks import copy_reference
-from workflow.training import initial_model, open_run
+from workflow.analysis import compare_models, evaluate, evaluation, unigram_loss
+from workflow.proof import copy_reference
 
 
 @pytest.fixture
@@ -118,23 +116,14 @@ def test_a_comparison_has_a_row_for_each_model_on_each_text_with_its_protocol(mo
     assert set(table["protocol"]) == {"windows of 16 tokens every 16"}
 
 
-@pytest.mark.parametrize("init", ["scratch", "reference"])
-def test_the_initial_model_is_that_of_the_first_step(config, reference, init):
-    train = config.train.model_copy(update={"init": init})
-    config = config.model_copy(update={"train": train})
-    state = torch.get_rng_state()
-    model = initial_model(config, reference)
-    assert torch.equal(state, torch.get_rng_state())
-    tokenizer = reference.tokenizer.backend_tokenizer
-    run = open_run(config, reference, load_corpus(config, tokenizer, reference.end_of_text))
-    assert all(map(torch.equal, model.parameters(), run.trainer.model.parameters()))
-    run.close()
-
-
-def test_a_text_of_endless_words_or_none_has_figures_all_the_same():
-    endless = Evaluation(5.0, 10, "windows", words=1e-6, bytes=1.0)
-    assert endless.word_perplexity == math.inf and "inf" in str(endless)
-    assert math.isnan(Evaluation(5.0, 10, "windows").word_perplexity)
+def test_a_text_of_endless_words_or_none_has_figures_all_the_same(model):
+    tokens = np.full(400, ord("a"))  # one word, of e^(5 × 400)
+    endless = evaluate(model, tokens, 20, text="a" * 400)
+    assert endless.word_perplexity == math.inf and "word perplexity inf" in str(endless)
+    assert 0 < endless.bits_per_byte < 20
+    without = evaluate(model, tokens, 20)
+    assert math.isnan(without.word_perplexity) and math.isnan(without.bits_per_byte)
+    assert without.perplexity == endless.perplexity
 
 
 def test_an_absurd_figure_is_short_in_the_table(model, reference):

@@ -86,7 +86,7 @@ def test_the_token_file_is_made_once_for_a_text_and_a_tokenizer(load, tmp_path):
         (b"", "the file is empty"),
         (b" \n\n", "the file is empty"),
         (b"abc\xffdef", "byte 3 is not UTF-8"),
-        (b"abc\0def", "byte 3 is a NUL"),
+        (b"abc\0def", "character 3 is a NUL"),
         (b"short", "5 tokens to train on, one sequence needs 17"),
     ],
 )

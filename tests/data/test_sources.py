@@ -16,8 +16,9 @@ from test_documents import LINES
 
 from conftest import ROOT
 from workflow.config.load import load_config
-from workflow.data.sources import find_source, matching, read_card
+from workflow.data.sources import find_source, read_card
 from workflow.errors import DataError
+from workflow.reference.hub import matching
 
 CARD = """\
 ---
@@ -269,7 +270,7 @@ def test_a_damaged_parquet_is_one_line(hub, ask):
 def test_a_card_that_makes_no_sense_is_one_line(tmp_path, card):
     (tmp_path / "README.md").write_bytes(card)
     with pytest.raises(DataError, match=r"a/b: its README\.md cannot be read \(") as caught:
-        read_card(tmp_path / "README.md", "a/b")
+        read_card(tmp_path / "README.md", settings(dataset="a/b"))
     assert "\n" not in str(caught.value)
 
 
@@ -278,4 +279,4 @@ def test_patterns_stay_below_their_folder(tmp_path):
     for name in ("out.txt", "in/a/x.txt", "in/.hidden"):
         (tmp_path / name).write_text("x")
     patterns = ["../*", "/*", "*", "a/*", str(tmp_path / "*")]
-    assert matching(tmp_path / "in", patterns) == (tmp_path / "in" / "a" / "x.txt",)
+    assert matching(tmp_path / "in", patterns) == [tmp_path / "in" / "a" / "x.txt"]

@@ -13,8 +13,10 @@ from workflow.config import load_config
 from workflow.files import weights_sha256
 from workflow.proof import BOUNDS, Check, as_json, copy_reference, failed, mutations, verify
 from workflow.proof.bounds import worst
-from workflow.proof.checks import LONG_PROMPT, PROMPTS, copied, encode, pad, run_checks
+from workflow.proof.checks import PROMPTS, copied, encode, pad, reference_loss, run_checks
+from workflow.proof.prompts import LONG_PROMPT
 from workflow.reference import load_reference
+from workflow.training import NextTokenLoss
 
 TEXT = "Once upon a time, 12 trees stood in a row.\n" * 30
 
@@ -97,6 +99,13 @@ def test_the_reference_is_unchanged_afterwards(config, lively):
     assert weights_sha256(dict(lively.model.named_parameters())) == before
     assert lively.model.config._attn_implementation == "sdpa"
     assert not any(parameter.requires_grad for parameter in lively.model.parameters())
+
+
+def test_the_references_loss_of_a_batch_is_the_training_steps(lively):
+    ids = torch.randint(0, 257, (3, 33), generator=torch.Generator().manual_seed(0))
+    batch = ids[:, :-1], ids[:, 1:]
+    ours = NextTokenLoss(copy_reference(lively))(*batch).item()
+    assert reference_loss(lively, *batch) == pytest.approx(ours, abs=1e-5)
 
 
 # --- a check, and the measures that it uses ---

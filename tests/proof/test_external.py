@@ -60,9 +60,9 @@ def test_one_changed_tensor_is_named(smollm2, monkeypatch):
                 yield name, values + 1e-6 if name == "model.norm.weight" else values
 
     monkeypatch.setattr(external, "read_tensors", some)
-    unlike = external.tensors_unlike_gguf(smollm2)
-    assert unlike[0] == "model.norm.weight"
-    assert len(unlike) == 1 + 270  # those that the file does not have, too
+    check = next(external.external_checks(None, smollm2, None))
+    assert check.detail.startswith("model.norm.weight, ")
+    assert check.figure == 1 + 270  # those that the file does not have, too
 
 
 def test_perplexity_is_of_the_right_text_only(reference, tmp_path):
@@ -81,4 +81,5 @@ def test_perplexity_is_of_the_right_text_only(reference, tmp_path):
 
 @pytest.mark.slow
 def test_all_tensors_are_as_gguf_reads_them(smollm2):
-    assert external.tensors_unlike_gguf(smollm2) == []
+    check = next(external.external_checks(None, smollm2, None))
+    assert (check.figure, check.detail) == (0, "all dequantised by the gguf library")

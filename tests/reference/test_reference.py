@@ -14,7 +14,7 @@ from workflow.config.load import load_config
 from workflow.errors import ConfigError, SourceError
 from workflow.reference import hub
 from workflow.reference import load as module
-from workflow.reference.load import is_complete, load_reference, random_model, repair_tokenizer
+from workflow.reference.load import NEEDED, load_reference, random_model, repair_tokenizer
 
 CACHE = ROOT / ".cache"  # the conversion takes half a minute; it is kept between test runs
 # As the official tokenizer of HuggingFaceTB/SmolLM2-135M cuts them.
@@ -101,16 +101,13 @@ def test_the_pre_tokenizer_of_the_file_is_the_one_that_counts(reference, config,
     assert found.tokenizer.eos_token == reference.tokenizer.eos_token
 
 
-def test_a_snapshot_is_complete_with_every_part_that_it_lists(tmp_path):
-    for name in ("config.json", "tokenizer.json", "model-1-of-2.safetensors"):
-        (tmp_path / name).write_text("{}")
-    assert is_complete(tmp_path)
-    shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": shards}))
-    assert not is_complete(tmp_path)
-    (tmp_path / "model-2-of-2.safetensors").write_text("")
-    assert is_complete(tmp_path)
+def test_a_snapshot_is_complete_with_all_that_is_needed_and_each_numbered_part(tmp_path):
+    names = [*NEEDED[:2], *(f"model-0000{part}-of-00002.safetensors" for part in (1, 2))]
+    complete = []
+    for name in names:
+        (tmp_path / name).touch()
+        complete.append(hub.is_complete(tmp_path, ["*"], NEEDED))
+    assert complete == [False, False, False, True]
 
 
 # --- without network ---

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from workflow.tools import bench
-from workflow.tools.bench import BF16, COMPILED, RECOMPUTED, THEIRS, Case
+from workflow.tools.bench import BF16, COMPILED, THEIRS, Case
 
 
 @pytest.fixture
@@ -25,24 +25,20 @@ def side(config, reference):
 
 def test_both_sides_are_called_in_turn_and_a_row_has_the_median_of_pairs(config, monkeypatch):
     calls = []
-    results = {
-        RECOMPUTED: iter([1.0, 2.0, 4.0, 1.234]),
-        THEIRS: iter([2.0, 2.0, 5.0, 2.0]),
-    }
+    results = {BF16: iter([1.0, 2.0, 4.0, 1.234]), THEIRS: iter([2.0, 2.0, 5.0, 2.0])}
 
     @contextlib.contextmanager
     def started(case, config):
         yield lambda again: (calls.append((case.variant, again)), next(results[case.variant]))[1]
 
     monkeypatch.setattr(bench, "started", started)
-    row = bench.measure(Case("training step", 2, 50, RECOMPUTED), config, 3)
-    turn = [(RECOMPUTED, True), (THEIRS, True)]
-    assert calls == turn * 3 + [(RECOMPUTED, False), (THEIRS, False)]
-    name = "training step, 2 × 50 tokens, recomputed"
+    row = bench.measure(Case("greedy generation", 2, 50, BF16), config, 3)
+    turn = [(BF16, True), (THEIRS, True)]
+    assert calls == turn * 3 + [(BF16, False), (THEIRS, False)]
+    name = "greedy generation, 2 × 50 tokens, bfloat16 weights"
     assert row == f"| {name} | 50.0 | 50.0 | 1.25 (1.00 to 2.00) | 1.23 | 2.00 |"
-    assert (
-        str(Case("x", 1, 2, f"{THEIRS}, {COMPILED}")) == "x, 1 × 2 tokens, transformers, compiled"
-    )
+    case = Case("x", 1, 2, f"{THEIRS}, {COMPILED}")
+    assert str(case) == "x, 1 × 2 tokens, transformers, compiled"
 
 
 def test_both_sides_train_on_the_same_loss(side, monkeypatch):
@@ -51,12 +47,11 @@ def test_both_sides_train_on_the_same_loss(side, monkeypatch):
         torch.Tensor, "backward", lambda self: (losses.append(self.item()), original(self))[1]
     )
     work = ("training step", 2, 16)
-    ours, recomputed, theirs = side(*work), side(*work, RECOMPUTED), side(*work, THEIRS)
+    ours, theirs = side(*work), side(*work, THEIRS)
     for _ in range(3):
-        ours(), recomputed(), theirs()
-    assert losses[::3] == pytest.approx(losses[2::3], abs=1e-5)
-    assert losses[::3] == losses[1::3]
-    assert len(losses) == 9 and len(set(losses[::3])) == 3
+        ours(), theirs()
+    assert losses[::2] == pytest.approx(losses[1::2], abs=1e-5)
+    assert len(losses) == 6 and len(set(losses[::2])) == 3
 
 
 def test_both_sides_generate_the_same_tokens(side):

@@ -8,13 +8,5 @@ from workflow.analysis.generation import (
     stream_text,
 )
 
-__all__ = [
-    "Evaluation",
-    "compare_models",
-    "evaluate",
-    "prepare_for_generation",
-    "prompt_ids",
-    "sampling_options",
-    "stream_text",
-    "unigram_loss",
-]
+__all__ = ["Evaluation", "compare_models", "evaluate", "prepare_for_generation", "prompt_ids"]
+__all__ += ["sampling_options", "stream_text", "unigram_loss"]

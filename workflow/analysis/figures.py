@@ -1,22 +1,15 @@
-"""Arrays in, a figure out.
-
-Nothing here knows about runs or models. Every axis has its unit; nothing needs colour alone.
-"""
-
-from __future__ import annotations
+"""Arrays in, a figure out. Every axis has its unit; nothing needs colour alone."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib.figure
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle
-from matplotlib.ticker import MaxNLocator
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Mapping]
 Curves = Mapping[str, Sequence[float]]
 MEAN_OF = 50  # steps, in the smoothed training loss
 AROUND = 60  # steps before the stop, in the panel that shows it
@@ -156,7 +149,7 @@ def plot_by_layer(axes: Axes, curves: Curves, first: int, **texts) -> None:
     for marker, (name, values) in zip("osv^D*Px", curves.items()):
         layers = range(first, first + len(values))
         axes.plot(layers, values, marker=marker, markersize=5, linewidth=1, label=name)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.set(**texts)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -196,10 +189,10 @@ def logit_lens(prompt: Sequence[str], tokens: Mapping[str, tuple], losses: Curve
     return figure
 
 
-def printable(word: str, longest: int = 8) -> str:
+def printable(word: str) -> str:
     """A token as a label: white space is visible, and a dollar sign starts no formula."""
     word = "".join(c if c.isprintable() and c.isascii() else "·" for c in word.replace("\n", "\\n"))
-    word = word if len(word) <= longest else word[: longest - 1] + "~"
+    word = word if len(word) <= 8 else word[:7] + "~"
     return word.replace(" ", "␣").replace("$", r"\$")
 
 

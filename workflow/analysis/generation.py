@@ -1,10 +1,7 @@
 """Text from a model: prompts as text or as chat, and the answer shown as it is generated."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -12,7 +9,6 @@ from tokenizers.decoders import DecodeStream
 from SmolLm3 import LlamaModel
 from workflow.errors import WorkflowError
 
-HALF = "\N{REPLACEMENT CHARACTER}"  # the decoded form of an incomplete character
 # The tokens that end a text or an answer, in the vocabularies of all models.
 STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
 
@@ -51,17 +47,15 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     return tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
-def sampling_options(
-    temperature: float | None, top_k: int | None, top_p: float, min_p: float
-) -> dict[str, Any]:
-    """Options of `LlamaModel.stream`: greedy, unless a temperature or a filter is given."""
+def sampling_options(temperature: float | None, top_k: int | None, top_p: float, min_p: float):
+    """A dict of `LlamaModel.stream`'s options: greedy, unless a temperature or filter is given."""
     if temperature is None:
         temperature = 1.0 if top_k is not None or top_p != 1.0 or min_p != 0.0 else 0.0
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 
 def stream_text(
-    model: LlamaModel, tokenizer, ids: list[int], new_tokens: int, options: Mapping[str, Any]
+    model: LlamaModel, tokenizer, ids: list[int], new_tokens: int, options: Mapping
 ) -> Iterator[str]:
     """Yields the continuation of `ids` in pieces of whole characters, until a token of `STOPS`.
 
@@ -78,5 +72,6 @@ def stream_text(
         if piece := decoder.step(tokenizer, token):
             yield piece
             pending.clear()
-    if rest := tokenizer.decode(pending, skip_special_tokens=False).rstrip(HALF):
-        yield rest  # whole characters before an incomplete one
+    rest = tokenizer.decode(pending, skip_special_tokens=False)
+    if whole := rest.rstrip("\N{REPLACEMENT CHARACTER}"):  # without an incomplete character
+        yield whole

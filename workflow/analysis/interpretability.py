@@ -1,49 +1,38 @@
 """Looking inside a model: parameters, rotation, the logit lens, attention and its heads."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from SmolLm3 import LlamaAttention, LlamaModel, RotaryPositionalEmbedding, hf_name, rotate
+from SmolLm3 import LlamaModel, RotaryPositionalEmbedding, hf_name, rotate
 from workflow.analysis.states import hidden_states
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def parameter_counts(model: LlamaModel) -> dict[str, int]:
     """How many parameters each kind of module has, over all layers."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
-        kind = name.removesuffix(".weight").rpartition(".")[2]
-        kind = "norms" if kind.endswith("norm") else kind
+        kind = "norms" if "norm" in name else name.split(".")[-2]
         tied = model.config.tie_word_embeddings and kind == "embed_tokens"
         counts["embed_tokens = lm_head" if tied else kind] += parameter.numel()
     return dict(counts)
 
 
-def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> pd.DataFrame:
-    """Which tensors of the original are which of ours, and how many of them are bit-equal.
-
-    A row per kind of tensor: N is the number of a layer.
-    """
+def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]):
+    """A DataFrame, a row per kind of tensor (N: any layer), and how many of each are bit-equal."""
     import pandas as pd  # 0.5 s that the other functions do not need
 
     rows = []
     for name, parameter in model.named_parameters():
-        original, shape = hf_name(name), " × ".join(map(str, parameter.shape))
-        equal = torch.equal(parameter.cpu(), state_dict[original].to(parameter.dtype).cpu())
-        rows.append((*(re.sub(r"\d+", "N", word) for word in (original, name)), shape, equal))
+        equal = torch.equal(parameter, state_dict[hf_name(name)].to(parameter.dtype))
+        kind, shape = re.sub(r"\d+", "N", name), " × ".join(map(str, parameter.shape))
+        rows.append((hf_name(kind), kind, shape, equal))
     frame = pd.DataFrame(rows, columns=["original", "ours", "shape", "equal"])
     kinds = frame.groupby(["original", "ours", "shape"], sort=False, as_index=False)
     return kinds.agg(tensors=("equal", "size"), equal=("equal", "sum"))
@@ -61,9 +50,9 @@ def rotated_pairs(rotary: RotaryPositionalEmbedding, pairs: list[int], positions
     return cos_sin[:, pairs].transpose(0, 1)
 
 
-def scores_by_position(rotary: RotaryPositionalEmbedding, positions: int, seed: int = 0) -> Tensor:
+def scores_by_position(rotary: RotaryPositionalEmbedding, positions: int) -> Tensor:
     """The score of one query at each position with one key at each: (positions, positions)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, rotary.head_dim, generator=generator)
     angles = rotary(torch.arange(positions))
     q, k = (rotate(x.expand(1, 1, positions, -1), *angles)[0, 0] for x in (q, k))
@@ -82,9 +71,7 @@ def logit_lens(model: LlamaModel, ids: Tensor) -> Iterator[Tensor]:
         yield model.lm_head(model.norm(x))[0].float()
 
 
-def logit_lens_tokens(
-    model: LlamaModel, ids: Tensor, tokenizer
-) -> tuple[list[list[str]], np.ndarray]:
+def logit_lens_tokens(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list, np.ndarray]:
     """The likeliest token at each place of the lens, as text, and its probability (layers + 1, T).
 
     tokenizer: from transformers.
@@ -101,24 +88,19 @@ def loss_by_layer(model: LlamaModel, ids: Tensor) -> list[float]:
 @torch.no_grad()
 def attention_weights(model: LlamaModel, ids: Tensor) -> Tensor:
     """The attention of each position to each, (layers, H, T, T), for ids (1, T); rows sum to 1."""
-    found: list[Tensor] = []
-
-    def record(module: LlamaAttention, arguments: tuple) -> None:
-        x, rotation, *_ = arguments
+    found, T = [], ids.shape[1]
+    rotation = model.rotary(torch.arange(T))
+    for layer, x in zip(model.layers, hidden_states(model, ids).values()):
+        attention, x = layer.self_attn, layer.input_layernorm(x)
         q, k = (
-            proj(x).view(1, x.shape[1], -1, module.head_dim).transpose(1, 2)
-            for proj in (module.q_proj, module.k_proj)
+            proj(x).view(1, T, -1, attention.head_dim).transpose(1, 2)  # (1, H or K, T, D)
+            for proj in (attention.q_proj, attention.k_proj)
         )
-        if module.rotates:
+        if attention.rotates:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        one_hot = torch.eye(x.shape[1]).to(k).expand(1, k.shape[1], -1, -1)  # values show weights
+        one_hot = torch.eye(T).expand(1, k.shape[1], -1, -1)  # as values, they show the weights
         weights = F.scaled_dot_product_attention(q, k, one_hot, is_causal=True, enable_gqa=True)
-        found.append(weights[0].float())
-
-    with ExitStack() as hooks:  # removes them at the end
-        for layer in model.layers:
-            hooks.enter_context(layer.self_attn.register_forward_pre_hook(record))
-        model.hidden(ids)
+        found.append(weights[0])
     return torch.stack(found)
 
 

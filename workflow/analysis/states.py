@@ -1,17 +1,12 @@
 """Two models on the same ids: what each computes inside, and how far apart that is.
 
-A `LlamaModel` and a model of transformers have the same module names, the latter's under `model.`,
-so states are compared by name. A difference that is NaN, or of two shapes, is infinite: it fails
-every bound.
+A difference that is NaN, or of two shapes, is infinite: it fails every bound.
 """
-
-from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +14,13 @@ from torch import Tensor, nn
 
 from SmolLm3 import LlamaModel, hf_name
 
-CHUNK = 256  # positions whose logits exist at the same time
 
-
-def max_difference(ours: Tensor, theirs: Tensor) -> float:
-    """The largest absolute difference."""
+def max_difference(ours: Tensor, theirs: Tensor, size: Tensor | float = 1.0) -> float:
+    """The largest absolute difference, as a multiple of `size`."""
     if ours.shape != theirs.shape:
         return math.inf
-    return (ours.float() - theirs.float()).abs().nan_to_num(nan=math.inf).max().item()
+    difference = (ours.float() - theirs.float()).abs() / size
+    return difference.nan_to_num(nan=math.inf).max().item()
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -41,11 +35,8 @@ def relative_difference_by_position(ours: Tensor, theirs: Tensor) -> float:
     By position, because in the middle layers the first token's states are ten thousand times those
     of the others: next to them no error would show.
     """
-    if ours.shape != theirs.shape:
-        return math.inf
-    difference = (ours.float() - theirs.float()).abs().amax(dim=-1)
-    size = theirs.float().abs().amax(dim=-1).clamp(min=1e-30)
-    return (difference / size).nan_to_num(nan=math.inf).max().item()
+    size = theirs.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
+    return max_difference(ours, theirs, size)
 
 
 def kl_divergence(ours: Tensor, theirs: Tensor) -> float:
@@ -62,13 +53,11 @@ def hidden_states(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
     ours, found = isinstance(model, LlamaModel), {}
     base = model if ours else model.model
     names = ["embed_tokens", *(f"layers.{index}" for index in range(len(base.layers))), "norm"]
-
-    def keep(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        found[name] = output
-
     with ExitStack() as hooks:  # removes them at the end
         for name in names:
-            hook = base.get_submodule(name).register_forward_hook(partial(keep, name))
+            hook = base.get_submodule(name).register_forward_hook(
+                lambda module, inputs, output, name=name: found.update({name: output})
+            )
             hooks.enter_context(hook)
         if ours:
             return found | {"logits": model(ids)}
@@ -89,8 +78,8 @@ def hidden(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def logits_in_chunks(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
-    """The logits (1, up to CHUNK, V) of a long text, never all at once."""
-    for part in hidden(model, ids).split(CHUNK, dim=1):
+    """The logits (1, up to 256, V) of a long text, never all at once."""
+    for part in hidden(model, ids).split(256, dim=1):
         yield model.lm_head(part)
 
 
@@ -103,12 +92,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 def in_bf16(model: nn.Module) -> nn.Module:
-    """A copy with weights in bf16; buffers (transformers' rotation angles) stay in float32.
-
-    `from_pretrained(…, dtype=torch.bfloat16)` does the same; `.bfloat16()` alone rounds them too.
-    """
-    rounded = copy.deepcopy(model).bfloat16()
-    for original, module in zip(model.modules(), rounded.modules(), strict=True):
-        for name, buffer in original.named_buffers(recurse=False):
-            setattr(module, name, buffer.clone())
+    """A copy with weights in bf16; buffers (transformers' rotation angles) stay in float32."""
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():  # `.bfloat16()` would round the angles too
+        parameter.data = parameter.data.bfloat16()
     return rounded

@@ -10,13 +10,5 @@ from workflow.config.settings import (
     TrainSettings,
 )
 
-__all__ = [
-    "BreakingSettings",
-    "Config",
-    "DataSettings",
-    "Member",
-    "ProofSettings",
-    "TrainSettings",
-    "load_config",
-    "parse_yaml",
-]
+__all__ = ["BreakingSettings", "Config", "DataSettings", "Member", "ProofSettings"]
+__all__ += ["TrainSettings", "load_config", "parse_yaml"]

@@ -1,7 +1,5 @@
 """The YAML file, its profiles and overrides become typed settings, or one clear error."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os
@@ -15,34 +13,35 @@ import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from torch.torch_version import TorchVersion
 
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Config, Member, Wheel
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
 
-DEFAULT_PATH = "SmolLm3_Config.yaml"
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
 OVERRIDES_VARIABLE = "SMOLLM_SET"  # separated by spaces, quoted as in a shell
-OLDEST_TORCH = (2, 10)
 
 
 def load_config(
-    path: str | Path = DEFAULT_PATH, profile: str | None = None, overrides: Sequence[str] = ()
+    path: str | Path = "SmolLm3_Config.yaml",
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> Config:
     """Reads `path`, merges the profile into it, then the overrides ("section.key=value").
 
     Overrides in SMOLLM_SET come before those given. Raises ConfigError with file, key, value, what
-    was expected and, for an unknown key, the nearest known one.
+    was expected and, for an unknown key, the nearest known one; WorkflowError for an old torch.
     """
-    check_torch()
+    if TorchVersion(torch.__version__) < (2, 10):
+        what = "below 2.10 its loader can be made to run a file's code (CVE-2026-24747)"
+        raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
     values = read_yaml(Path(path))
-    profiles = values.pop("profiles", None) or {}
+    profiles = values.pop("profiles", None)
+    profiles = profiles if isinstance(profiles, dict) else {}
     name, reason = choose_profile(profile, str(values.get("profile", "auto")))
-    if not isinstance(profiles, dict) or not isinstance(profiles.get(name, {}), dict | None):
-        fix = "see the project's own YAML"
-        raise ConfigError(path, "`profiles:` must be a table of tables", fix)
-    if name not in profiles:
-        fix = f"choose one of {', '.join(map(str, profiles))}"
+    if not isinstance(profiles.get(name, "absent"), dict | None):
+        fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
         raise ConfigError(path, f"there is no profile {name!r}", fix)
     values = merge(values, profiles[name] or {}) | {"profile": name, "reason": reason}
     if os.environ.get("FRESH") == "1":
@@ -52,13 +51,6 @@ def load_config(
     for override in overrides:
         values = merge(values, parse_override(override))
     return validate(values | {"changes": overrides}, path)
-
-
-def check_torch(version: str = torch.__version__) -> None:
-    """Raises WorkflowError for a torch whose loader can be made to run a file's code."""
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TORCH:
-        what = "below 2.10 its loader can be made to run a file's code (CVE-2026-24747)"
-        raise WorkflowError(f"torch {version}", what, "type: pip install torch==2.13.0")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -92,11 +84,8 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def choose_profile(asked: str | None, in_file: str) -> tuple[str, str]:
     """The profile's name and why it was chosen: the argument, the environment, then the file."""
-    for name, reason in (
-        (asked, "as asked"),
-        (os.environ.get(PROFILE_VARIABLE), f"as {PROFILE_VARIABLE} says"),
-        (in_file, "as the YAML says"),
-    ):
+    environment = os.environ.get(PROFILE_VARIABLE), f"as {PROFILE_VARIABLE} says"
+    for name, reason in (asked, "as asked"), environment, (in_file, "as the YAML says"):
         if name and name != "auto":
             return name, reason
     found = torch.cuda.is_available()
@@ -105,13 +94,11 @@ def choose_profile(asked: str | None, in_file: str) -> tuple[str, str]:
     return ("full" if found else "quick"), f"{reason}; {how}"
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merge(base: Any, changes: Any) -> Any:
     """`base` with `changes` in it, table by table."""
-    merged = dict(base)
-    for key, value in changes.items():
-        tables = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = merge(merged[key], value) if tables else value
-    return merged
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    return base | {key: merge(base.get(key), value) for key, value in changes.items()}
 
 
 def parse_override(override: str) -> dict[str, Any]:
@@ -119,8 +106,7 @@ def parse_override(override: str) -> dict[str, Any]:
     where, (key, equals, text) = f"--set {override}", override.partition("=")
     key = key.strip()
     if not equals or not key:
-        fix = "write for example train.steps=100"
-        raise ConfigError(where, "this is not key=value", fix)
+        raise ConfigError(where, "this is not key=value", "write for example train.steps=100")
     if key in ("profile", "reason", "fresh", "changes"):
         raise ConfigError(where, "this is no setting", "choose with --profile")
     change = parse_yaml(text, f"--set {key}")
@@ -140,16 +126,15 @@ def validate(values: dict[str, Any], path: str | Path) -> Config:
         unknown = ("extra_forbidden", "unexpected_keyword_argument")
         first = sorted(error.errors(), key=lambda e: e["type"] not in unknown)[0]
     keys, kind = [str(key) for key in first["loc"]], first["type"]
-    message = first["msg"].removeprefix("Value error, ")
     if kind in unknown:
         near = difflib.get_close_matches(keys[-1], known_keys(keys[:-1]), n=1)
         what, fix = "there is no such key", f"did you mean {near[0]}?" if near else "remove it"
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
     elif kind == "value_error":
-        what, fix = message, "make the two agree"
+        what, fix = first["msg"].removeprefix("Value error, "), "make the two agree"
     else:
-        what, fix = f"{first['input']!r} does not fit: {message}", "fix the value"
+        what, fix = f"{first['input']!r} does not fit: {first['msg']}", "fix the value"
     raise ConfigError(f"{path}: {'.'.join(keys)}" if keys else path, what, fix)
 
 

@@ -1,11 +1,9 @@
 """What each key of `SmolLm3_Config.yaml` means and what it may be. The values are only there."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -15,7 +13,6 @@ from SmolLm3 import ModelConfig
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
 ModelConfig.__pydantic_config__ = STRICT  # pydantic checks the model's dataclass, too
 
-MOST_TOKENS = 2**24  # of one step; more would fill the memory before an error is shown
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 Word = Annotated[str, Field(min_length=1)]
@@ -161,15 +158,14 @@ class Config(Section):
     changes: tuple[str, ...] = Field(default=(), exclude=True)  # the overrides in force
 
     @model_validator(mode="after")
-    def _consistent(self) -> Config:
+    def _consistent(self) -> Self:
         train, rehearsal = self.train, self.rehearsal
         for key, row in (("model", self.model), ("train.model", self.trained_row)):
             if row not in self.members:
                 rows = ", ".join(self.members)
                 raise ValueError(f"{key} is {row!r}, which is no row of members: {rows}")
         if train.init == "reference" and self.trained_row != self.model:
-            words = f"train.model {train.model!r} is not model {self.model!r}"
-            raise ValueError(f"train.init is reference, but {words}")
+            raise ValueError(f"train.init is reference, but train.model is not {self.model!r}")
         mine, theirs = self.trained.vocab_size, self.member.architecture.vocab_size
         if mine != theirs:
             words = f"the tokenizer of {self.model!r} has {theirs}"
@@ -183,7 +179,8 @@ class Config(Section):
         for name, value, limit, most in (
             ("sequence_length", longest, "max_position_embeddings", context),
             ("sequence_length", length, "validation_tokens", train.validation_tokens),
-            ("batch_size × sequence_length", tokens, "2^24", MOST_TOKENS),
+            # more would fill the memory before an error is shown
+            ("batch_size × sequence_length", tokens, "2^24", 2**24),
             ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", decaying),
             ("rehearsal.save_at", rehearsal.save_at, "rehearsal.steps - 1", rehearsal.steps - 1),
         ):
@@ -193,7 +190,6 @@ class Config(Section):
 
     @property
     def member(self) -> Member:
-        """The row that `model` names."""
         return self.members[self.model]
 
     @property
@@ -202,7 +198,6 @@ class Config(Section):
 
     @property
     def trained(self) -> ModelConfig:
-        """The architecture that is trained."""
         return self.members[self.trained_row].architecture
 
     @property
@@ -211,9 +206,8 @@ class Config(Section):
 
     @property
     def device(self) -> torch.device:
-        if self.run.device != "auto":
-            return torch.device(self.run.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(found if self.run.device == "auto" else self.run.device)
 
     def settings_of_run(self) -> dict[str, Any]:
         """What determines numbers and record of a run, as plain values."""
@@ -234,22 +228,15 @@ class Config(Section):
         text = json.dumps([self.settings_of_run(), *hashes], sort_keys=True)
         return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.fresh}"
 
-    def for_rehearsal(self) -> Config:
+    def for_rehearsal(self) -> Self:
         """The same, for a few steps from the reference's weights."""
         few = self.rehearsal
-        changes = {
-            "model": None,
-            "init": "reference",
-            "micro_batch_size": None,
-            "compile": False,  # it would take longer than the steps
-            "steps": few.save_at,
-            "resume_steps": few.steps - few.save_at,
-            "batch_size": few.batch_size,
-            "sequence_length": few.sequence_length,
-            "print_every": 1,
-            "validation_tokens": few.sequence_length,
-        }
-        train = self.train.model_copy(update=changes)
+        steps = {"steps": few.save_at, "resume_steps": few.steps - few.save_at, "print_every": 1}
+        batch = {"batch_size": few.batch_size, "sequence_length": few.sequence_length}
+        batch |= {"micro_batch_size": None, "validation_tokens": few.sequence_length}
+        # to compile would take longer than the steps
+        model = {"model": None, "init": "reference", "compile": False}
+        train = self.train.model_copy(update=steps | batch | model)
         run = self.run.model_copy(update={"name": "auto"})
         name = f"{self.profile}-rehearsal"
         return self.model_copy(update={"profile": name, "train": train, "run": run})
@@ -257,10 +244,8 @@ class Config(Section):
     def __str__(self) -> str:
         row = self.train
         start = "the reference's weights" if row.init == "reference" else "random weights"
-        size = f"{row.batch_size} × {row.sequence_length}"
+        size = f"{row.batch_size} × {row.sequence_length} tokens"
+        steps = f"{row.steps} + {row.resume_steps} steps of {size}"
         changes = f"; changed: {', '.join(self.changes)}" if self.changes else ""
-        return (
-            f"Profile {self.profile}: {self.reason}{changes}\n"
-            f"Model {self.model}; {row.steps} + {row.resume_steps} steps of {size} tokens train "
-            f"{self.trained_row} from {start} on {self.device}"
-        )
+        profile = f"Profile {self.profile}: {self.reason}{changes}\nModel {self.model}"
+        return f"{profile}; {steps} train {self.trained_row} from {start} on {self.device}"

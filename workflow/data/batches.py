@@ -3,8 +3,6 @@
 B: sequences a batch. T: tokens a sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 

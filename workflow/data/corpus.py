@@ -1,7 +1,5 @@
 """A text becomes one stream of tokens, kept in a file, with a held-out part for validation."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import sys
@@ -19,25 +17,22 @@ from workflow.data.sources import Source, find_source
 from workflow.errors import DataError
 from workflow.files import DAY, atomic_write, remove_temporary_files
 
-TOGETHER = 32  # texts that are tokenised at once, by all cores
 DIGEST = 32  # bytes of a sha256, at the end of a token file
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenised text in two parts.
-
-    train, validation: token ids, uint16 or uint32, memory-mapped.
-    documents: their number in both parts. name, revision and the hashes: its provenance.
-    """
+    """A tokenised text in two parts, and its provenance."""
 
     name: str
     revision: str
-    train: np.ndarray
+    train: np.ndarray  # token ids, uint16 or uint32, memory-mapped
     validation: np.ndarray
-    documents: int
+    documents: int  # in both parts
     text_sha256: str
     tokenizer_sha256: str
+    tokenizer: Tokenizer
+    end_of_text: int  # the token after each document
 
     def __str__(self) -> str:
         revision = f"revision {self.revision}, " if self.revision else ""
@@ -61,6 +56,14 @@ class Corpus:
         """What a checkpoint records for its reader; a resume compares the text by its hash."""
         return {"text": self.name, "text_revision": self.revision or "a local file"}
 
+    def check_length(self, sequence_length: int) -> None:
+        """Raises DataError if a part is shorter than one sequence and its last target."""
+        for part, tokens in (("to train on", self.train), ("held out", self.validation)):
+            if len(tokens) <= sequence_length:
+                what = f"{len(tokens)} tokens {part}, one sequence needs {sequence_length + 1}"
+                fix = "give a longer text or a smaller train.sequence_length"
+                raise DataError(self.name, what, fix)
+
 
 def load_corpus(
     config: Config, tokenizer: Tokenizer, end_of_text: int, source: Source | None = None
@@ -68,8 +71,7 @@ def load_corpus(
     """Reads and tokenises `source` (None: that of the settings) and holds a part of it out.
 
     Without a validation split of its own, that part is the end of the stream; it starts with a
-    document if one starts there. Raises DataError when either part is shorter than one sequence
-    and its last target.
+    document if one starts there. Raises DataError for a text that cannot be trained on.
     """
     source = source or find_source(config.data)
     tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
@@ -96,14 +98,12 @@ def load_corpus(
         text_sha256 = hashlib.sha256(f"{text_sha256} {validation_sha256}".encode()).hexdigest()
     else:
         train, validation = split(train, end_of_text, config.data.validation_fraction)
-    for part, tokens in (("to train on", train), ("held out", validation)):
-        if len(tokens) <= (length := config.train.sequence_length):
-            what = f"{len(tokens)} tokens {part}, one sequence needs {length + 1}"
-            do = "give a longer text or a smaller train.sequence_length"
-            raise DataError(source.name, what, do)
-    count = sum(np.count_nonzero(part == end_of_text) for part in (train, validation))
-    hashes = (text_sha256, tokenizer_sha256)
-    return Corpus(source.name, source.revision, train, validation, int(count), *hashes)
+    count = sum(int(np.count_nonzero(part == end_of_text)) for part in (train, validation))
+    hashes = text_sha256, tokenizer_sha256
+    parts = train, validation, count
+    corpus = Corpus(source.name, source.revision, *parts, *hashes, tokenizer, end_of_text)
+    corpus.check_length(config.train.sequence_length)
+    return corpus
 
 
 def split(tokens: np.ndarray, end_of_text: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
@@ -114,18 +114,13 @@ def split(tokens: np.ndarray, end_of_text: int, fraction: float) -> tuple[np.nda
     return tokens[:cut], tokens[cut:]
 
 
-# --- token files ----------------------------------------------------------------------------------
-
-
 def read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
     """The ids of a token file (N,), memory-mapped; None if it is missing or damaged."""
-    count = (file.stat().st_size - DIGEST) // dtype.itemsize if file.is_file() else -1
-    if count < 0:
+    if not file.is_file() or file.stat().st_size < DIGEST:
         return None
-    tokens = np.memmap(file, dtype, "r", shape=count) if count else np.empty(0, dtype)
-    with open(file, "rb") as raw:
-        raw.seek(tokens.nbytes)
-        return tokens if raw.read() == hashlib.sha256(tokens).digest() else None
+    content = np.memmap(file, mode="r")
+    tokens, digest = content[:-DIGEST], content[-DIGEST:].tobytes()
+    return tokens.view(dtype) if hashlib.sha256(tokens).digest() == digest else None
 
 
 def write_tokens(file: Path, arrays: Iterable[np.ndarray]) -> None:
@@ -145,7 +140,7 @@ def tokenize(
 ) -> Iterator[np.ndarray]:
     """The ids of each text, with `end_of_text` where its document ends."""
     pieces = iter(pieces)
-    while group := list(itertools.islice(pieces, TOGETHER)):
+    while group := list(itertools.islice(pieces, 32)):  # by all cores
         texts = [text for text, _ in group]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for encoding, (_, ends) in zip(encodings, group, strict=True):

@@ -1,8 +1,5 @@
 """Files become documents: plain text part by part, or a column of a table some rows at a time."""
 
-from __future__ import annotations
-
-import codecs
 import glob
 import gzip
 import hashlib
@@ -16,10 +13,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from workflow.errors import DataError, WorkflowError
+from workflow.reference.hub import first_line
 
 # wikitext's ` = Title = ` with the newlines before it, but not its ` = = Section = = `
 HEADING = re.compile(r"\n+(?= = [^=\n].* = \n)")
-PART = 1 << 20  # bytes that are read at once
+PART = 1 << 20  # characters that are read at once
 LONGEST = 1 << 18  # characters that are tokenised as one text: 1 MB takes 0.1 GB of memory
 ROWS = 1000  # of a table, read at once
 TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
@@ -65,9 +63,6 @@ def split_documents(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield rest.rstrip("\n"), True
 
 
-# --- read -----------------------------------------------------------------------------------------
-
-
 def kind_of_table(path: Path) -> str | None:
     return TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
 
@@ -75,15 +70,14 @@ def kind_of_table(path: Path) -> str | None:
 def read_rows(path: Path, column: str) -> Iterator[list[str]]:
     """The rows of a table with text in `column`, some at a time. Raises DataError."""
     kind = kind_of_table(path)
-    read = read_parquet if kind == "parquet" else read_by_datasets
+    tables = read_parquet(path, column) if kind == "parquet" else read_by_datasets(path, kind)
     with opened(path):
         try:
-            for table in read(path, column):
+            for table in tables:
                 if column not in table:
                     what = f"it has no column {column!r}, but {', '.join(table)}"
                     raise DataError(path, what, NAME_COLUMN)
-                kinds = {type(row) for row in table[column]} - {str, type(None)}
-                if kinds:
+                if kinds := {type(row) for row in table[column]} - {str, type(None)}:
                     what = f"column {column!r} holds {kinds.pop().__name__}, not text"
                     raise DataError(path, what, NAME_COLUMN)
                 yield [row for row in table[column] if row and row.strip()]
@@ -94,12 +88,12 @@ def read_rows(path: Path, column: str) -> Iterator[list[str]]:
             raise DataError(path, what, "get a complete copy of it") from None
 
 
-def read_by_datasets(path: Path, column: str) -> Iterator[dict[str, list]]:
+def read_by_datasets(path: Path, kind: str) -> Iterator[dict[str, list]]:
     """Some rows at a time, by column."""
     import datasets  # 2 s that plain text does not need
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the DataError says what is wrong
-    kind, file = kind_of_table(path), glob.escape(str(path.resolve()))
+    file = glob.escape(str(path.resolve()))
     table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
     yield from table.iter(batch_size=ROWS)
 
@@ -109,17 +103,8 @@ def read_parquet(path: Path, column: str) -> Iterator[dict[str, list]]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            yield {name: [] for name in file.schema_arrow.names}
-        for batch in file.iter_batches(ROWS, columns=[column]):
-            yield batch.to_pydict()
-
-
-def first_line(error: Exception) -> str:
-    """The cause of an error of a library, without the advice around it."""
-    while error.__cause__:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        wanted = [column] if column in file.schema_arrow.names else None  # all, to name them
+        yield from (batch.to_pydict() for batch in file.iter_batches(ROWS, columns=wanted))
 
 
 def read_text(path: Path) -> tuple[str, str]:
@@ -158,28 +143,22 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_parts(path: Path) -> Iterator[str]:
-    """A text file part by part, so that any size fits in memory; line ends become newlines.
+    """A text file, or one packed as .gz, part by part; line ends become newlines.
 
-    One that ends in .gz is unpacked on the way.
     Raises DataError for anything but UTF-8 text, with the place.
     """
-    utf8 = codecs.getincrementaldecoder("utf-8")()
-    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-    place, blank, part = 0, True, b"more"
+    place, blank = 0, True
     with opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        while part:
-            part = file.read(PART)
-            pending = len(utf8.getstate()[0])
-            try:
-                text = decoder.decode(part, final=not part)
-            except UnicodeDecodeError as error:
-                what = f"byte {place - pending + error.start} is not UTF-8"
-                raise DataError(path, what, "save the file as UTF-8") from None
-            if b"\0" in part:
-                what = f"byte {place + part.index(0)} is a NUL: this is no text"
-                raise DataError(path, what, NAME_TEXT)
-            text = text.removeprefix("\ufeff") if place == 0 else text
-            place, blank = place + len(part), blank and not text.strip()
-            yield text
+        text = io.TextIOWrapper(file, "utf-8-sig")
+        try:
+            while part := text.read(PART):
+                if (nul := part.find("\0")) >= 0:
+                    what = f"character {place + nul} is a NUL: this is no text"
+                    raise DataError(path, what, NAME_TEXT)
+                place, blank = place + len(part), blank and not part.strip()
+                yield part
+        except UnicodeDecodeError as error:
+            what = f"byte {file.tell() - len(error.object) + error.start} is not UTF-8"
+            raise DataError(path, what, "save the file as UTF-8") from None
     if blank:
         raise DataError(path, "the file is empty", "give a longer text")

@@ -1,8 +1,6 @@
 """The result of a check, and the bound that each check must keep."""
 
-from __future__ import annotations
-
-import math
+import json
 import operator
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -52,16 +50,12 @@ RELATIONS = {"=": operator.eq, "<=": operator.le, ">=": operator.ge}
 
 @dataclass(frozen=True)
 class Check:
-    """One claim: the value that was measured, and whether it keeps its bound.
-
-    figure: None if the check was skipped; `detail` says why.
-    parts: the values whose largest is `figure`, by layer, parameter or prompt.
-    """
+    """One claim: the value that was measured, and whether it keeps its bound."""
 
     name: str
-    figure: float | int | None
+    figure: float | None  # None if the check was skipped; `detail` says why
     detail: str = ""
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)  # by layer, parameter or prompt
 
     @property
     def passed(self) -> bool | None:
@@ -72,7 +66,7 @@ class Check:
     @property
     def first(self) -> str | None:
         """The first of `parts` that is beyond the bound."""
-        _, bound = BOUNDS[self.name]
+        bound = BOUNDS[self.name][1]
         return next((part for part, figure in self.parts.items() if not figure <= bound), None)
 
     def __str__(self) -> str:
@@ -100,14 +94,8 @@ def failed(checks: Sequence[Check]) -> list[str]:
 
 def as_json(checks: Sequence[Check]) -> list[dict[str, Any]]:
     """Checks as plain values; JSON has no infinity and no NaN, so such a figure is a string."""
-
-    def plain(figure: float | int | None) -> float | int | str | None:
-        return figure if figure is None or math.isfinite(figure) else str(figure)
-
     rows = []
     for check in checks:
         sign, bound = BOUNDS[check.name]
-        parts = {part: plain(figure) for part, figure in check.parts.items()}
-        row = asdict(check) | {"figure": plain(check.figure), "parts": parts}
-        rows.append(row | {"sign": sign, "bound": bound, "holds": check.passed})
-    return rows
+        rows.append(asdict(check) | {"sign": sign, "bound": bound, "holds": check.passed})
+    return json.loads(json.dumps(rows), parse_constant=lambda figure: str(float(figure)))

@@ -1,18 +1,15 @@
-"""The checks that compare the copy with the original.
+"""The checks that compare the copy with the original, from the config to generated text.
 
-`run_checks` goes from the config to generated text, and does not stop at a failure. Nothing is
-sampled: a check compares numbers of both models on the same ids with a bound that was set before
-they were seen, or greedy tokens, which are either the same or not.
+Both sides get the same ids, nothing is sampled, and bounds were set before figures were seen.
 """
-
-from __future__ import annotations
 
 import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,36 +22,29 @@ from workflow.analysis.states import max_difference
 from workflow.config import ProofSettings
 from workflow.proof.bounds import Check, failed, worst
 from workflow.proof.external import external_checks, unequal_tensors
-from workflow.proof.prompts import LONG_PROMPT, MAX_PROMPT_TOKENS, PROMPTS
+from workflow.proof.prompts import LONG_PROMPT, PROMPTS
 from workflow.reference import Reference, architecture_rows, export
 from workflow.training import NextTokenLoss
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
-    """A `LlamaModel` with the reference's weights, copied by name, strictly.
-
-    Prints the counts of both sides.
-    """
+    """A `LlamaModel` with the reference's weights, copied by name, strictly; prints both counts."""
     model = LlamaModel(reference.config)
     ours, theirs = hf_state_dict(model), reference.state_dict
-    missing, extra = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
     load_hf_weights(model, theirs)
-    print(f"Model loaded. Total params: {count(ours)}")
-    print(f"HF model params: {count(theirs)}")
+    print(f"Model loaded. Total params: {sum(map(torch.numel, ours.values()))}")
+    print(f"HF model params: {reference.model.num_parameters()}")
     layers = len(reference.model.model.layers)
     print(f"Layers: {len(model.layers)}, HF model layers: {layers}; {len(ours)} tensors")
+    missing, extra = sorted(ours.keys() - theirs), sorted(theirs.keys() - ours)
     print(f"Missing keys: {missing}, extra keys: {extra}")
     return model
-
-
-def count(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
 
 
 def verify(
     model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
 ) -> list[Check]:
-    """Runs all checks, and prints each as soon as it is done."""
+    """Runs all checks and prints each when done; text: for the tokenizer and the long texts."""
     checks, start = [], time.perf_counter()
     print(f"{'check':<35}{'figure':>9}  {'bound':<10}verdict")
     for check in run_checks(model, reference, settings, text):
@@ -67,15 +57,14 @@ def verify(
 def run_checks(
     model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
 ) -> Iterator[Check]:
-    """Yields every check of `BOUNDS`, in its order; both models in float32 on the CPU.
+    """Every check of `BOUNDS`, in its order, also after one has failed; float32 on the CPU.
 
-    text: for the tokenizer and the long texts. The last checks, of long texts and bf16, take
-    minutes; `settings.quick` leaves them out.
+    The last checks, of long texts and bf16, take minutes: `settings.quick` leaves them out.
     """
     ids = encode(reference, LONG_PROMPT)
     all_ids = reference.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     with torch.no_grad():
-        yield from external_checks(model, reference, settings)
+        yield from external_checks(model, reference, settings.wikitext)
         yield from copied(model, reference)
         yield tokenizer_check(reference, text, all_ids)
         theirs = states.hidden_states(reference.model, ids)
@@ -92,9 +81,6 @@ def run_checks(
             yield from bf16_checks(model, reference, ids)
 
 
-# --- what was copied ------------------------------------------------------------------------------
-
-
 def copied(model: LlamaModel, reference: Reference) -> Iterator[Check]:
     """Config and weights."""
     source = ModelConfig.from_hf(reference.model.config)
@@ -107,8 +93,9 @@ def copied(model: LlamaModel, reference: Reference) -> Iterator[Check]:
     odd = dict.fromkeys(sorted(ours.keys() ^ theirs.keys()), math.inf)
     detail = ", ".join(list(odd)[:3]) or f"{len(ours)} tensors"
     yield Check("tensors missing or extra", len(odd), detail, odd)
-    counted = f"{count(ours)} parameters"
-    yield Check("parameters missing", count(theirs) - count(ours), counted)
+    counted = sum(map(torch.numel, ours.values()))
+    missing = reference.model.num_parameters() - counted
+    yield Check("parameters missing", missing, f"{counted} parameters")
     unequal = [name for name in unequal_tensors(ours, theirs) if name not in odd]
     yield Check("tensors that differ", len(unequal), ", ".join(unequal[:3]))
 
@@ -119,23 +106,17 @@ def tokenizer_check(reference: Reference, text: str, ids: Sequence[int]) -> Chec
     return Check("characters lost by the tokenizer", lost, f"of {len(text)}, encoded and decoded")
 
 
-# --- states and gradients -------------------------------------------------------------------------
-
-
 def computed(model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor) -> Iterator[Check]:
     """Every state from ids (1, T) to the loss; theirs: the reference's `hidden_states` of them."""
-    ours = states.hidden_states(model, ids)
-    parts = {
-        name: states.relative_difference_by_position(state, theirs[name])
-        for name, state in ours.items()
-        if name != "logits"
-    }
+    ours, difference = states.hidden_states(model, ids), states.relative_difference_by_position
+    logits = ours.pop("logits")
+    parts = {name: difference(state, theirs[name]) for name, state in ours.items()}
     yield Check("embeddings", parts.pop("embed_tokens"), f"{ids.shape[1]} tokens")
     norm = parts.pop("norm")
     yield worst("hidden state after each layer", parts)
     yield Check("final norm", norm)
     detail = f"{ids.shape[1]} tokens; transformers with SDPA attention"
-    yield Check("logits", max_difference(ours["logits"], theirs["logits"]), detail)
+    yield Check("logits", max_difference(logits, theirs["logits"]), detail)
     mine, other = training_loss(model, ids).item(), theirs["loss"].item()
     yield Check("loss", abs(mine - other), f"{mine:.6f} and {other:.6f} nats per token")
 
@@ -148,10 +129,7 @@ def training_loss(model: LlamaModel, ids: Tensor) -> Tensor:
 def eager_check(
     name: str, model: LlamaModel, reference: Reference, ids: Tensor, sdpa: Tensor
 ) -> Check:
-    """The difference to transformers' eager attention, as a multiple of the one of its SDPA.
-
-    sdpa: the reference's logits of ids (1, T), with SDPA attention.
-    """
+    """The difference to eager attention, as a multiple of that of transformers' `sdpa` logits."""
     reference.model.set_attn_implementation("eager")
     try:
         eager = states.logits(reference.model, ids)
@@ -171,41 +149,31 @@ def gradient_check(model: LlamaModel, reference: Reference, ids: Tensor) -> Chec
     """The gradients of training, before clipping, against transformers' own."""
     ours = states.gradients(model, training_loss(model, ids))
     reference.model.requires_grad_(True)
-    try:
-        theirs = states.gradients(reference.model, reference.model(ids, labels=ids).loss)
-    finally:
-        reference.model.requires_grad_(False)
+    theirs = states.gradients(reference.model, reference.model(ids, labels=ids).loss)
+    reference.model.requires_grad_(False)
     parts = {name: states.relative_difference(ours[name], theirs[name]) for name in theirs}
     return worst("gradient of each parameter", parts)
 
 
-# --- generated text -------------------------------------------------------------------------------
-
-
 def encode(reference: Reference, text: str) -> Tensor:
-    """The prompt's ids, (1, T), at most MAX_PROMPT_TOKENS."""
-    ids = reference.tokenizer(text, add_special_tokens=False).input_ids[:MAX_PROMPT_TOKENS]
-    return torch.tensor([ids])
+    """The prompt's ids, (1, T), at most 300."""
+    ids = reference.tokenizer(text, add_special_tokens=False).input_ids
+    return torch.tensor([ids[:300]])
 
 
 def pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Prompts (1, T) of different lengths as one left-padded batch of ids, and its mask."""
     rows = [prompt[0] for prompt in prompts]
-    masks = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    left = {"batch_first": True, "padding_side": "left"}
-    return pad_sequence(rows, **left), pad_sequence(masks, **left)
+    batch = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
+    return batch.clamp(min=0), batch >= 0
 
 
 def generated(model: LlamaModel, reference: Reference, new_tokens: int) -> Iterator[Check]:
-    """Greedy text of every prompt, generated on both sides, and the logits over it.
-
-    All prompts but the long one go in one left-padded batch: padding them to its length would take
-    ten times as long.
-    """
+    """Greedy text of every prompt, generated on both sides, and the logits over it."""
     prompts = {kind: encode(reference, text) for kind, text in PROMPTS}
+    # a batch of its own: padding all to its length would take ten times as long
     long = {kind: prompts.pop(kind) for kind, text in PROMPTS if text == LONG_PROMPT}
-    greedy = {"do_sample": False, "eos_token_id": None, "pad_token_id": reference.end_of_text}
-    greedy["max_new_tokens"] = new_tokens
+    greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": new_tokens}
     differing, first, parts = 0, "", {}
     for group in (prompts, long):
         batch, mask = pad(list(group.values()))
@@ -249,9 +217,6 @@ def padding_check(model: LlamaModel, reference: Reference) -> Check:
     return worst("padded batch against each alone", parts)
 
 
-# --- export, long texts, bf16 ---------------------------------------------------------------------
-
-
 def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
     """Written as a Hugging Face folder and read by transformers."""
     from transformers import AutoModelForCausalLM  # 3 s that `import workflow.proof` does not need
@@ -266,10 +231,7 @@ def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[C
 
 
 def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
-    """2048 and 8192 tokens of ids (1, N), or as many as the model's context holds.
-
-    A shorter text is repeated.
-    """
+    """2048 and 8192 tokens of ids (1, N), repeated if too few, or as many as the context holds."""
     import resource  # Windows has none: there, only the quick checks run
 
     context = min(model.config.max_position_embeddings, 8192)
@@ -277,8 +239,7 @@ def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator
     part = ids[:, :2048]
     sdpa = states.logits(reference.model, part)
     detail = f"{part.shape[1]} tokens; transformers with SDPA attention"
-    difference = max_difference(states.logits(model, part), sdpa)
-    yield Check("logits, 2048 tokens", difference, detail)
+    yield Check("logits, 2048 tokens", max_difference(states.logits(model, part), sdpa), detail)
     yield eager_check("logits, 2048 tokens, to eager", model, reference, part, sdpa)
     del sdpa  # 0.4 GB
     sides = (states.logits_in_chunks(side, ids) for side in (model, reference.model))
@@ -291,18 +252,15 @@ def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator
 
 def bf16_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
     """Our bf16 against transformers' float32, as a multiple of what its own bf16 differs."""
-
-    def token_losses(logits: Tensor) -> Tensor:
-        return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
-
+    token_losses = partial(F.cross_entropy, target=ids[0, 1:], reduction="none")
     exact = states.logits(reference.model, ids)
     divergences, differences = [], []
     for side in (model, reference.model):
-        logits = states.logits(states.in_bf16(side), ids)
+        logits = states.logits(states.in_bf16(side), ids).float()
         divergences.append(states.kl_divergence(logits, exact))
         # the mean over tokens of the difference: the difference of the means is mostly noise
-        difference = (token_losses(logits) - token_losses(exact)).abs().mean()
-        differences.append(difference.item())
+        losses = token_losses(logits[0, :-1]), token_losses(exact[0, :-1])
+        differences.append(F.l1_loss(*losses).item())
     yield ratio_check("bf16, divergence", *divergences, "nats per token")
     yield ratio_check("bf16, loss of each token", *differences, "nats per token")
 
@@ -310,5 +268,4 @@ def bf16_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterato
 @torch.no_grad()
 def reference_loss(reference: Reference, inputs: Tensor, targets: Tensor) -> float:
     """transformers' loss of a batch, inputs and targets (B, T), as the training step defines it."""
-    logits = reference.model(inputs).logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    return reference.model(inputs, labels=targets, shift_labels=targets.contiguous()).loss.item()

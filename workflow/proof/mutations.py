@@ -1,26 +1,20 @@
 """Mutations: common mistakes put into the model one at a time, and which check finds each.
 
-Each was seen in public re-implementations that load cleanly, run, and print success. It replaces a
-part of the model, or of the loss, from outside and only for a while; `SmolLm3.py` has no switch for
-it.
+Each was seen in public re-implementations that load cleanly, run, and print success.
 """
-
-from __future__ import annotations
 
 import copy
 import datetime
 import json
-import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,9 +29,7 @@ from workflow.files import write_text_atomic
 from workflow.proof.checks import computed, copied, training_loss
 from workflow.reference import Reference
 from workflow.training import NextTokenLoss, make_optimizer
-
-if TYPE_CHECKING:
-    import pandas as pd
+from workflow.training.hardware import machine
 
 BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "nothing broken", "head left random", "targets shifted twice"
 
@@ -72,10 +64,7 @@ def other_theta(model: LlamaModel) -> AbstractContextManager:
 
 def unscaled_scores(model: LlamaModel) -> AbstractContextManager:
     """Attention scores are not divided by sqrt(D)."""
-
-    def attention(*arguments, **options) -> Tensor:
-        return F.scaled_dot_product_attention(*arguments, **options, scale=1.0)
-
+    attention = partial(F.scaled_dot_product_attention, scale=1.0)
     functions = SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": attention})
     return patch.object(SmolLm3, "F", functions)
 
@@ -100,12 +89,8 @@ def random_head(model: LlamaModel) -> AbstractContextManager:
 
 def other_eps(model: LlamaModel) -> AbstractContextManager:
     """eps 1e-6, the default of many config classes, instead of 1e-5; if that is right, 1e-5."""
-    stack = ExitStack()
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
-            eps = 1e-5 if module.eps == 1e-6 else 1e-6
-            stack.enter_context(patch.object(module, "eps", eps))
-    return stack
+    eps = 1e-5 if model.norm.eps == 1e-6 else 1e-6  # a class's property hides the modules' values
+    return patch.object(LlamaRMSNorm, "eps", property(lambda module: eps), create=True)
 
 
 def targets_shifted_twice(model: LlamaModel) -> AbstractContextManager:
@@ -119,7 +104,7 @@ def targets_shifted_twice(model: LlamaModel) -> AbstractContextManager:
 
 
 MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
-    BASELINE: lambda model: nullcontext(),
+    BASELINE: nullcontext,
     "interleaved rotation": interleaved_rotation,
     "positions over the heads": positions_over_heads,
     "theta of the other release": other_theta,
@@ -129,8 +114,6 @@ MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
     "eps of another model": other_eps,
     SHIFTED_TWICE: targets_shifted_twice,
 }
-
-# --- what each does -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -159,10 +142,7 @@ class Curve:
 def check_mutation(
     name: str, model: LlamaModel, reference: Reference, ids: Tensor, theirs: dict[str, Tensor]
 ) -> MutationResult:
-    """Runs the checks up to the loss, on ids (1, T).
-
-    theirs: the reference's `hidden_states` for the same ids.
-    """
+    """Runs the checks up to the loss on ids (1, T); theirs: the reference's `hidden_states`."""
     with MUTATIONS[name](model):
         checks = {c.name: c for c in (*copied(model, reference), *computed(model, theirs, ids))}
         loss = training_loss(model, ids).item()
@@ -178,14 +158,13 @@ def study(
 ) -> tuple[list[MutationResult], list[Curve]]:
     """Checks and trains with every mutation in turn; `model` is unchanged afterwards.
 
-    Training takes half an hour on a CPU: without `breaking.steps`, the curves are read from the
-    record `breaking.record`, if it is of the same weights and text.
+    Training takes half an hour on a CPU; with 0 `breaking.steps`, `breaking.record` is read.
     """
     settings = config.breaking
     tokenizer = reference.tokenizer.backend_tokenizer
     source = from_path(config.data.text, config.data.column)
     corpus = load_corpus(config, tokenizer, reference.end_of_text, source)
-    ids = torch.from_numpy(corpus.validation[: settings.tokens].astype(np.int64))[None]
+    ids = torch.tensor(corpus.validation[: settings.tokens], dtype=torch.long)[None]
     with torch.no_grad():
         theirs = hidden_states(reference.model, ids)
     results = [check_mutation(name, model, reference, ids, theirs) for name in MUTATIONS]
@@ -223,27 +202,22 @@ def train_mutation(
             nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            losses.append(round(loss.item(), 4))
         with torch.no_grad():
             return Curve(name, rate, losses, training_loss(model, ids).item())
 
 
-# --- the record of the curves, and tables ---------------------------------------------------------
-
-
-def save_curves(curves: Sequence[Curve], file: Path, origin: Mapping[str, Any]) -> None:
+def save_curves(curves: list[Curve], file: Path, origin: dict) -> None:
     """Writes curves with what they were made from, when and where."""
-    threads = torch.get_num_threads()
-    made = {
+    record = origin | {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {threads} threads, torch {torch.__version__}",
+        "machine": f"{machine(torch.device('cpu'))}, torch {torch.__version__}",
+        "curves": [asdict(curve) for curve in curves],
     }
-    rows = [asdict(c) | {"losses": [round(loss, 4) for loss in c.losses]} for c in curves]
-    record = {**origin, **made, "curves": rows}
     write_text_atomic(file, json.dumps(record) + "\n", "breaking.record")
 
 
-def load_curves(file: Path, origin: Mapping[str, Any]) -> list[Curve]:
+def load_curves(file: Path, origin: dict) -> list[Curve]:
     """The recorded curves; none if they are of other weights, another text or another batch."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if any(record.get(key) != value for key, value in origin.items()):
@@ -254,21 +228,19 @@ def load_curves(file: Path, origin: Mapping[str, Any]) -> list[Curve]:
     return curves
 
 
-def table(
-    results: Sequence[MutationResult], curves: Sequence[Curve], settings: BreakingSettings
-) -> pd.DataFrame:
-    """A row for each mutation; the last column is the held-out loss after training."""
+def table(results: list[MutationResult], curves: list[Curve], settings: BreakingSettings):
+    """A DataFrame with a row for each mutation; last, the held-out loss after training."""
     import pandas as pd  # 0.5 s that other commands do not need
 
-    rate = settings.learning_rate
     rows = pd.DataFrame(results).set_index("name").drop(columns="layer_errors")
-    rows["trained"] = pd.Series({curve.name: curve.after for curve in curves if curve.rate == rate})
+    trained = {curve.name: curve.after for curve in curves if curve.rate == settings.learning_rate}
+    rows["trained"] = pd.Series(trained)
     rows["logit_error"] = rows["logit_error"].map("{:.2g}".format)
     return rows.fillna({"failed_check": "none", "where": ""}).round(3)
 
 
-def curve_table(curves: Sequence[Curve]) -> pd.DataFrame:
-    """The first, lowest, highest and last loss of each curve."""
+def curve_table(curves: list[Curve]):
+    """A DataFrame with the first, lowest, highest and last loss of each curve."""
     import pandas as pd
 
     columns = ["name", "rate", "first", "lowest", "highest", "last"]

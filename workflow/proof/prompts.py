@@ -1,7 +1,5 @@
 """What the models are asked in the proof: texts of different kinds, all written here."""
 
-MAX_PROMPT_TOKENS = 300
-
 LONG_PROMPT = (
     "The mill stood where the valley narrowed, and for as long as anyone could remember it had "
     "ground the corn of three parishes. In dry summers the wheel turned so slowly that the "

@@ -2,24 +2,7 @@
 
 from workflow.reference.export import export
 from workflow.reference.gguf_file import read_tensors
-from workflow.reference.hub import snapshot
-from workflow.reference.load import (
-    Provenance,
-    Reference,
-    architecture_rows,
-    find_in_package,
-    hf_config,
-    load_reference,
-)
+from workflow.reference.load import Reference, architecture_rows, find_in_package, load_reference
 
-__all__ = [
-    "Provenance",
-    "Reference",
-    "architecture_rows",
-    "export",
-    "find_in_package",
-    "hf_config",
-    "load_reference",
-    "read_tensors",
-    "snapshot",
-]
+__all__ = ["Reference", "architecture_rows", "export", "find_in_package", "load_reference"]
+__all__ += ["read_tensors"]

@@ -1,12 +1,9 @@
 """Export: a model as a Hugging Face folder, which transformers loads without our code."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -16,9 +13,6 @@ from workflow.errors import DiskError, WorkflowError
 from workflow.files import weights_sha256
 from workflow.reference.gguf_file import write_gguf
 from workflow.reference.load import hf_config
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 CARD = """\
 ---
@@ -39,15 +33,15 @@ The licence is that of the weights and the text that this was made from.
 
 def export(
     model: LlamaModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer,
     folder: str | Path,
     provenance: Mapping[str, object] | None = None,
     gguf: str | None = None,
 ) -> Path:
     """Writes weights, configs, tokenizer and a model card; `folder` appears only when complete.
 
-    A tied head is stored once, as the embedding. provenance: rows of the model card; `name` is its
-    title. gguf: F32, F16 or Q8_0, to add `<folder>-<gguf>.gguf`.
+    tokenizer: a PreTrainedTokenizerFast. provenance: rows of the model card; `name` is its title.
+    gguf: F32, F16 or Q8_0, to add `<folder>-<gguf>.gguf`. A tied head is stored once.
     Raises WorkflowError if the folder exists and is not empty.
     """
     folder, provenance = Path(folder), {"name": "A Llama", **(provenance or {})}
@@ -69,7 +63,7 @@ def export(
     return folder
 
 
-def write_folder(model: LlamaModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def write_folder(model: LlamaModel, tokenizer, folder: Path) -> None:
     from transformers import GenerationConfig  # takes seconds
 
     weights = {name: tensor.contiguous() for name, tensor in hf_state_dict(model).items()}

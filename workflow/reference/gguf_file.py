@@ -4,8 +4,6 @@ llama.cpp rotates neighbouring channels, Hugging Face's weights are for the half
 the rows of q and k are stored permuted (llama.cpp, convert_hf_to_gguf.py, `LlamaModel.permute`).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,13 +17,6 @@ from torch import Tensor
 from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict
 from workflow.errors import WorkflowError
 
-PRE_TOKENIZER = "smollm"  # llama.cpp's name for the pre-tokenizer of SmolLM
-FILE_TYPES = {  # tensors of one dimension stay float32 in each
-    "F32": gguf.LlamaFileType.ALL_F32,
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}
-
 
 def gguf_names(model: LlamaModel) -> dict[str, str]:
     """Hugging Face's name of each tensor -> GGUF's."""
@@ -35,12 +26,11 @@ def gguf_names(model: LlamaModel) -> dict[str, str]:
 
 def permute(name: str, weight: np.ndarray, config: ModelConfig, *, inverse: bool) -> np.ndarray:
     """Rows (heads × D, C) of q and k in llama.cpp's order, or back; other tensors unchanged."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for projection, number in heads.items():
-        if projection in name:
-            halves = (config.head_dim // 2, 2) if inverse else (2, config.head_dim // 2)
-            return weight.reshape(number, *halves, -1).swapaxes(1, 2).reshape(weight.shape)
-    return weight
+    number = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if (heads := number.get(name.split(".")[-2])) is None:
+        return weight
+    halves = (config.head_dim // 2, 2) if inverse else (2, config.head_dim // 2)
+    return weight.reshape(heads, *halves, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def read_tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -61,13 +51,13 @@ def read_tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]
 def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -> None:
     """Writes weights and tokenizer; the folder of `path` has the tokenizer's own files already.
 
-    tokenizer: a PreTrainedTokenizerFast. kind: one of `FILE_TYPES`. name: what the weights are.
+    tokenizer: a PreTrainedTokenizerFast. kind: F32, F16 or Q8_0. name: what the weights are.
     Raises WorkflowError for an architecture or a tokenizer that the format cannot describe.
     """
     check_supported(model.config, tokenizer)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     add_architecture(writer, model.config)
     add_tokenizer(writer, tokenizer, path.parent, model.config.vocab_size)
     names = gguf_names(model)
@@ -92,7 +82,7 @@ def check_supported(config: ModelConfig, tokenizer) -> None:
 
 
 def stored_type(kind: str, weight: Tensor) -> str:
-    """The type of one tensor: Q8_0 needs rows of whole blocks of 32 values, else it is F16."""
+    """Vectors stay float32; Q8_0 needs rows of whole blocks of 32 values, else it is F16."""
     if weight.ndim == 1:
         return "F32"
     return "F16" if kind == "Q8_0" and weight.shape[-1] % 32 else kind
@@ -118,7 +108,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, folder: Path, vocab_size: 
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_tokenizer_pre("smollm")  # llama.cpp's name for the pre-tokenizer of SmolLM
     writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(vocab_size))))
     writer.add_token_types([control if i in special else normal for i in range(vocab_size)])
     kept = ("bos", "eos", "pad", "unk")

@@ -1,25 +1,17 @@
-"""The original: where Hugging Face's model and tokenizer come from.
-
-`load_reference` tries the sources of `reference.source` and prints which one it took. The result is
-the same for each source: transformers' own model in float32, the official tokenizer, and their
-provenance.
-"""
-
-from __future__ import annotations
+"""The original: where Hugging Face's model and tokenizer come from."""
 
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Member
@@ -27,12 +19,10 @@ from workflow.errors import ConfigError, SourceError, one_line_errors
 from workflow.files import DAY, remove_temporary_files, weights_sha256
 from workflow.reference.hub import snapshot
 
-if TYPE_CHECKING:  # else imported where it is used: it takes 5 s, and `workflow.data` needs none
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
 END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # the latter in SmolLM3 and Llama 3
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]
 
 
 @dataclass(frozen=True)
@@ -53,8 +43,8 @@ class Provenance:
 class Reference:
     """The original, ready for use: `model` in float32 and eval mode, without gradients."""
 
-    model: PreTrainedModel  # a LlamaForCausalLM or SmolLM3ForCausalLM
-    tokenizer: PreTrainedTokenizerFast
+    model: nn.Module  # transformers' LlamaForCausalLM or SmolLM3ForCausalLM
+    tokenizer: Any  # a PreTrainedTokenizerFast
     config: ModelConfig
     provenance: Provenance
     member: Member  # its row of the YAML
@@ -68,11 +58,11 @@ class Reference:
     def end_of_text(self) -> int:
         """The id of the token that joins documents."""
         vocabulary = self.tokenizer.get_vocab()
-        for token in ENDS_OF_TEXT:
-            if token in vocabulary:
-                return vocabulary[token]
-        what = f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)}"
-        raise SourceError(self.provenance.name, what, "choose another source")
+        ids = [vocabulary[token] for token in ENDS_OF_TEXT if token in vocabulary]
+        if not ids:
+            what = f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)}"
+            raise SourceError(self.provenance.name, what, "choose another source")
+        return ids[0]
 
 
 def load_reference(
@@ -94,9 +84,8 @@ def load_reference(
         name, origin, revision = "random weights with a byte tokenizer", "random", f"seed {seed}"
     else:
         folder, origin, name, revision = locate(source, member, cache)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True
-        )
+        options = {"dtype": torch.float32, "local_files_only": True}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
         # not AutoTokenizer: a released tokenizer_config.json names GPT2Tokenizer, for which
         # transformers 5.24 drops the pre-tokenizer of tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -125,7 +114,7 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
         try:
             if member.hub_id is None:
                 raise SourceError("reference", "this model has no Hub id", "name a folder")
-            folder = snapshot(member.hub_id, member.revision, HUB_FILES, complete=is_complete)
+            folder = snapshot(member.hub_id, member.revision, HUB_FILES, needed=NEEDED)
             return folder, "hub", member.hub_id, f"revision {folder.name}"  # the commit
         except SourceError as error:
             if source == "hub":
@@ -141,14 +130,6 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
         raise SourceError("reference", what, fix)
     version = importlib.metadata.version(wheel.package)
     return convert(gguf, cache), "wheel", wheel.name, f"{wheel.package} {version}"
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a snapshot has all files that are read, and each shard that its index lists."""
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else ()
-    files = ("config.json", "tokenizer.json", "*.safetensors", *shards)
-    return all(any(folder.glob(file)) for file in files)
 
 
 def find_in_package(file: str) -> Path | None:
@@ -185,25 +166,19 @@ def convert(gguf: Path, cache: Path) -> Path:
     return folder
 
 
-def repair_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Restores the official pre-tokenizer.
+def repair_tokenizer(tokenizer: Any) -> Any:
+    """Restores the pre-tokenizer of HuggingFaceTB/SmolLM2-135M, tokenizer.json.
 
-    GGUF has only its name, "smollm", and transformers does not rebuild it. Without it digits are
-    not split one by one and white space before a digit is split differently
-    (HuggingFaceTB/SmolLM2-135M, tokenizer.json, "pre_tokenizer").
+    GGUF has only its name, "smollm", and transformers does not rebuild it: digits were not split
+    one by one, and white space before a digit differently.
     """
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     return tokenizer
 
 
-def random_model(
-    architecture: ModelConfig, seed: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def random_model(architecture: ModelConfig, seed: int) -> tuple[nn.Module, Any]:
     """A model with random weights, and a tokenizer of <|endoftext|>, 0, and the 256 bytes."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -217,8 +192,8 @@ def random_model(
     return model, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_OF_TEXT)
 
 
-def hf_config(architecture: ModelConfig) -> PreTrainedConfig:
-    """The same architecture as a config of transformers; the inverse of `ModelConfig.from_hf`."""
+def hf_config(architecture: ModelConfig) -> Any:
+    """The same architecture as a PreTrainedConfig; the inverse of `ModelConfig.from_hf`."""
     from transformers import AutoConfig
 
     values = asdict(architecture)
@@ -234,28 +209,23 @@ def hf_config(architecture: ModelConfig) -> PreTrainedConfig:
 def architecture_rows(row: ModelConfig, source: ModelConfig) -> list[tuple[str, Any, Any, bool]]:
     """Each value of an architecture: name, in the YAML, in the source, whether they are the same.
 
-    Floats are compared as float32, as GGUF stores them. The initial std is unused with given
-    weights.
+    Floats are compared as float32, as GGUF stores them; the initial std is left out, as unused.
     """
+
+    def as_float32(value: Any) -> Any:
+        return torch.tensor(value).item() if isinstance(value, float) else value
+
     names = [field.name for field in fields(ModelConfig) if field.name != "initializer_range"]
     pairs = [(name, getattr(row, name), getattr(source, name)) for name in names]
     return [(name, a, b, as_float32(a) == as_float32(b)) for name, a, b in pairs]
 
 
-def as_float32(value: Any) -> Any:
-    return torch.tensor(value).item() if isinstance(value, float) else value
-
-
-def compare_architecture(row: ModelConfig, config: PreTrainedConfig, origin: str) -> ModelConfig:
+def compare_architecture(row: ModelConfig, config: Any, origin: str) -> ModelConfig:
     """The source's architecture; raises ConfigError, with both values, if the row differs."""
     with one_line_errors(f"config of the {origin}", "choose a Llama"):
         theirs = ModelConfig.from_hf(config)
-    differences = [
-        f"{name} is {mine} in the YAML and {other} in the source"
-        for name, mine, other, same in architecture_rows(row, theirs)
-        if not same
-    ]
-    if differences:
-        fix = "correct the row or choose the source that fits it"
-        raise ConfigError("members", ", ".join(differences), fix)
+    rows = [values for *values, same in architecture_rows(row, theirs) if not same]
+    if rows:
+        what = ", ".join(f"{name} is {a} in the YAML and {b} in the source" for name, a, b in rows)
+        raise ConfigError("members", what, "correct the row or choose the source that fits it")
     return theirs

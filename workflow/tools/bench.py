@@ -1,10 +1,7 @@
-"""Speed and memory against transformers.
+"""Speed and memory against transformers, with the same weights, tokens, loss and precision.
 
-Each side has its own process, so its peak memory is its own; one waits while the other works. Both
-have the same weights, tokens, loss, optimizer and precision.
+Each side has its own process, so its peak memory is its own; one waits while the other works.
 """
-
-from __future__ import annotations
 
 import datetime
 import multiprocessing
@@ -22,18 +19,13 @@ import transformers
 from torch import nn
 
 from SmolLm3 import LlamaModel, load_hf_weights
-from workflow.analysis.generation import prepare_for_generation
+from workflow.analysis import prepare_for_generation
 from workflow.config import Config
-from workflow.reference.load import Reference, load_reference
-from workflow.training import hardware
-from workflow.training.step import TrainStep, make_optimizer
+from workflow.reference import Reference, load_reference
+from workflow.training import TrainStep, hardware, make_optimizer
 
-THEIRS, COMPILED, RECOMPUTED = "transformers", "compiled", "recomputed"  # variants of a case
-BF16 = "bfloat16 weights"
-HEADER = [
-    "| | tokens/s | transformers, tokens/s | ratio, median of pairs | peak GB | its peak GB |",
-    "|---" * 6 + "|",
-]
+THEIRS, COMPILED, BF16 = "transformers", "compiled", "bfloat16 weights"  # variants of a case
+HEADER = "| | tokens/s | transformers, tokens/s | ratio, median of pairs | peak GB | its peak GB |"
 
 
 @dataclass(frozen=True)
@@ -55,15 +47,11 @@ def cases(device: torch.device) -> list[Case]:
     variants = ("", COMPILED, f"{THEIRS}, {COMPILED}")
     return [
         *(Case("training step", *size, variant) for size in sizes for variant in variants),
-        Case("training step", 4, 256, RECOMPUTED),
         Case("greedy generation", 1, 128),
         Case("greedy generation", 1, 128, BF16),
         Case("greedy generation", 8, 128),
         Case("prefill", 1, 1024),
     ]
-
-
-# --- one side: its process makes a call, and times it when asked ----------------------------------
 
 
 def training(case: Case, reference: Reference, config: Config) -> Callable:
@@ -73,7 +61,7 @@ def training(case: Case, reference: Reference, config: Config) -> Callable:
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if THEIRS not in case.variant:
         changes = {"batch_size": case.batch_size, "micro_batch_size": None, "warmup_steps": 0}
-        changes |= {"compile": COMPILED in case.variant, "recompute": case.variant == RECOMPUTED}
+        changes |= {"compile": COMPILED in case.variant}
         hardware.prepare(device)
         step = TrainStep(our_model(reference), settings.model_copy(update=changes), device)
         return lambda: (step(0, inputs, targets), step.metrics())
@@ -130,7 +118,10 @@ def random_tokens(reference: Reference, batch_size: int, length: int) -> torch.T
 
 
 def serve(pipe: Connection, case: Case, config: Config) -> None:
-    """The process of one side: a warm-up call, then a timed one for each True received."""
+    """The process of one side: a warm-up call, then a timed one for each True received.
+
+    At the end it sends the most memory that it has had, in GB: on its GPU, or in all.
+    """
     sys.stdout = open(os.devnull, "w")
     reference = load_reference(config.reference.source, config.member, cache=config.paths.cache)
     reference.model.to(config.device)
@@ -143,19 +134,12 @@ def serve(pipe: Connection, case: Case, config: Config) -> None:
         wait()
         pipe.send(time.perf_counter() - began)
         again = pipe.recv()
-    pipe.send(peak_memory(config.device))
+    if config.device.type == "cuda":
+        pipe.send(torch.cuda.max_memory_allocated() / 1e9)
+    else:
+        import resource  # not on Windows
 
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory this process has had, in GB: on its GPU, or in all."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-# --- both sides, and the machine ------------------------------------------------------------------
+        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 
 @contextmanager
@@ -191,7 +175,8 @@ def report(config: Config, rounds: int, only: str = "") -> str:
     """All rows whose name contains `only`, in Markdown, after the date, machine and versions."""
     device, precision = config.device, config.train.precision
     lines = [f"{datetime.date.today()}; {hardware.machine(device)}; {precision}"]
-    lines += [f"torch {torch.__version__}, transformers {transformers.__version__}", "", *HEADER]
+    lines += [f"torch {torch.__version__}, transformers {transformers.__version__}", ""]
+    lines += [HEADER, "|---" * 6 + "|"]
     for case in cases(device):
         if only in str(case):
             print(f"measuring {case}", file=sys.stderr)

@@ -1,7 +1,5 @@
 """Executes main.ipynb in a Jupyter kernel, showing its output live."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re
@@ -38,16 +36,10 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     words = [os.environ.get(OVERRIDES_VARIABLE, ""), shlex.join(overrides)]
     environment = os.environ | {OVERRIDES_VARIABLE: " ".join(words)}
-    client = LiveClient(
-        notebook,
-        timeout=None,
-        kernel_name="python3",
-        skip_cells_with_tag=SKIPPED,
-        record_timing=False,
-        coalesce_streams=True,
-        # else each run warns that loopback is not encrypted
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],
-    )
+    # the log level: else each run warns that loopback is not encrypted
+    options = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    options |= {"skip_cells_with_tag": SKIPPED, "record_timing": False, "coalesce_streams": True}
+    client = LiveClient(notebook, **options)
     try:
         client.execute(env=environment | ({PROFILE_VARIABLE: profile} if profile else {}))
     except (CellExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died
@@ -60,14 +52,10 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
     keep(notebook, folder / NOTEBOOK.stem)
     if in_place:
         write_text_atomic(NOTEBOOK, nbformat.writes(notebook) + "\n", "paths.runs")
-    print(
-        f"\nMade:\n"
-        f"  {folder}/main.html   the executed notebook: open it in a browser\n"
-        f"  {folder}/main.ipynb  the same as a notebook\n"
-        f"Look:\n"
-        f"  make tensorboard   curves and samples\n"
-        f"  make lab           the notebook in JupyterLab"
-    )
+    print(f"\nMade:\n  {folder}/main.html   the executed notebook: open it in a browser")
+    print(f"  {folder}/main.ipynb  the same as a notebook\nLook:")
+    print("  make tensorboard   curves and samples")
+    print("  make lab           the notebook in JupyterLab")
 
 
 class LiveClient(NotebookClient):

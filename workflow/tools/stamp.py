@@ -1,10 +1,7 @@
 """What an executed notebook says about itself: commit, versions, weights, text, steps."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +17,13 @@ CELLS = "code cells sha256"
 
 def stamp(notebook: Path, run: Any) -> str:
     """The facts, one a line. run: a finished `workflow.training.run.Run`."""
+    began = [row for row in run.history if "began" in row]
+    ends = [row["step"] for row in began[1:]] + [run.global_step]
+    steps = {
+        f"steps {row['step'] + 1} to {end}": f"from {row['began']} at commit {row['commit']}"
+        for row, end in zip(began, ends)
+        if end > row["step"]
+    }
     libraries = (f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers"))
     facts = {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC at commit {git_commit()}",
@@ -28,21 +32,10 @@ def stamp(notebook: Path, run: Any) -> str:
         "run": f"{run.name} (ends in the hash of settings, weights and text)",
         "weights": f"{run.provenance['name']}, sha256 {run.provenance['weights_sha256'][:16]}",
         "text": f"{run.corpus.name}, sha256 {run.corpus.text_sha256[:16]}",
-        **computed_by(run.history, run.global_step),
+        **steps,
         CELLS: cells_sha256(notebook),
     }
     return "\n".join(f"{name:<19}{fact}" for name, fact in facts.items())
-
-
-def computed_by(rows: Sequence[Mapping[str, Any]], last: int) -> dict[str, str]:
-    """Which steps, up to step `last`, were computed when and by which commit."""
-    began = [row for row in rows if "began" in row]
-    ends = [row["step"] for row in began[1:]] + [last]
-    return {
-        f"steps {row['step'] + 1} to {end}": f"from {row['began']} at commit {row['commit']}"
-        for row, end in zip(began, ends)
-        if end > row["step"]
-    }
 
 
 def cells_sha256(notebook: Path) -> str:

@@ -6,8 +6,6 @@ file. Reading: the archive's directory, every record's CRC (torch checks none), 
 `weights_only=True`, the contents, a digest over all of them, and NaN.
 """
 
-from __future__ import annotations
-
 import pickletools
 import re
 import zipfile

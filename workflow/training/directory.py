@@ -1,7 +1,5 @@
 """The folder of a run's checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 They work on slices of the same batch. The main process, rank 0, is the only one that writes.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The machine: its allocator, its C++ compiler, its names, and what a GPU can do at most."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

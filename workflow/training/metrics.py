@@ -1,7 +1,5 @@
 """What a run logs and prints: metrics.jsonl, TensorBoard, a progress bar, traces to compare."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -13,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -24,14 +22,7 @@ from workflow.errors import CheckpointError
 from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
 
 SETTING = "paths.runs"  # the key of the YAML that says where logs are
-SCALARS = {  # key of a row -> TensorBoard's tag
-    "loss": "loss/train",
-    "validation_loss": "loss/validation",
-    "learning_rate": "learning_rate",
-    "gradient_norm": "gradient_norm",
-    "tokens_per_second": "tokens_per_second",
-    "flops_utilisation": "flops_utilisation",
-}
+TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}  # TensorBoard's; else the key
 
 
 @dataclass(frozen=True)
@@ -43,7 +34,7 @@ class StepTrace:
     weights_sha256: str
 
     @classmethod
-    def read(cls, file: Path) -> StepTrace:
+    def read(cls, file: Path) -> Self:
         values = json.loads(file.read_text())
         return cls(**values | {"losses": tuple(values["losses"])})
 
@@ -119,8 +110,9 @@ class MetricsLogger(InMemoryLogger):
         super().log(row)
         with disk_errors(self.folder, SETTING):
             self._file.write((json.dumps(row) + "\n").encode())
-            for key in SCALARS.keys() & row.keys():
-                self._board.add_scalar(SCALARS[key], row[key], row["step"])
+            for key, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(TAGS.get(key, key), value, row["step"])
             if "sample" in row:
                 self._board.add_text("sample", row["sample"], row["step"])
 
@@ -176,15 +168,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 def git_commit() -> str:
     """The commit of this code, with a + if tracked files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-
-    def output(*words: str) -> str:
-        done = subprocess.run([*git, *words], capture_output=True, text=True, check=True)  # noqa: S603
-        return done.stdout.strip()
-
+    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+    place = Path(__file__).parent
     try:
-        changed = output("status", "--porcelain", "--untracked-files=no")
-        return output("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)  # noqa: S603
+        return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown (no git checkout)"
 

@@ -1,7 +1,5 @@
 """Opening a run: from its settings, or from one of its checkpoints."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -19,7 +17,7 @@ from workflow.files import write_text_atomic
 from workflow.training import checkpoint, distributed
 from workflow.training.directory import RunDirectory
 from workflow.training.resume import check_allowed
-from workflow.training.run import Run, RunInputs
+from workflow.training.run import Run
 from workflow.training.trainer import Trainer
 
 
@@ -28,9 +26,7 @@ def open_run(config: Config, reference, corpus: Corpus) -> Run:
 
     reference: a `workflow.reference.Reference`. Raises CheckpointError, BusyError or DiskError.
     """
-    name, tokenizer = run_name(config, reference, corpus), reference.tokenizer.backend_tokenizer
-    provenance = asdict(reference.provenance)
-    inputs = RunInputs(config, corpus, tokenizer, reference.end_of_text, provenance)
+    name, provenance = run_name(config, reference, corpus), asdict(reference.provenance)
     with distributed.main_process_first(), ExitStack() as on_error:
         directory = RunDirectory(config.paths.checkpoints / name)
         on_error.callback(directory.close)
@@ -40,7 +36,7 @@ def open_run(config: Config, reference, corpus: Corpus) -> Run:
         trainer = Trainer(config, corpus)
         if config.train.init == "reference" and not loaded:
             load_hf_weights(trainer.model, reference.state_dict)
-        run = Run(inputs, trainer, directory, loaded)
+        run = Run(trainer, directory, provenance, loaded)
         on_error.pop_all()
     return run
 
@@ -64,15 +60,15 @@ def resume_run(
     path, state = find_checkpoint(config.paths.checkpoints, Path(path).resolve())
     resumed_at = state["step"]
     with distributed.main_process_first(), ExitStack() as on_error:
-        inputs = saved_inputs(config, path.parent, state, corpus)
+        corpus = corpus or saved_corpus(config, path.parent, state)
         directory = RunDirectory(path.parent)
         on_error.callback(directory.close)
         print(f"Loaded {path.name}")
         if max(checkpoint.steps_in(path.parent), default=0) > resumed_at:
             path, state = checkpoint.newest(path.parent)
             print(f"The run has gone on since: its log goes to {path.name}")
-        trainer = Trainer(config, inputs.corpus)
-        run = Run(inputs, trainer, directory, (path, state), resumed_at, allow)
+        trainer = Trainer(config, corpus)
+        run = Run(trainer, directory, state["reference"], (path, state), resumed_at, allow)
         on_error.pop_all()
     return run
 
@@ -89,16 +85,14 @@ def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
             write_text_atomic(directory.folder / name, text, checkpoint.SETTING)
 
 
-def saved_inputs(
-    config: Config, folder: Path, state: dict[str, Any], corpus: Corpus | None
-) -> RunInputs:
-    """What a checkpoint's run started from: its data, and the tokenizer that is next to it."""
+def saved_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus:
+    """The data of a checkpoint's run, loaded again, with the tokenizer next to the checkpoint."""
     tokenizer, end_of_text = checkpoint.load_tokenizer(folder), state["tokenizer"]["end_of_text"]
-    corpus, settings = corpus or load_corpus(config, tokenizer, end_of_text), config.data
+    corpus, settings = load_corpus(config, tokenizer, end_of_text), config.data
     if settings.source == "auto" and corpus.text_sha256 != state["data"].get("text_sha256"):
         source = from_path(settings.text, settings.column)  # the Hub could not be reached then
         corpus = load_corpus(config, tokenizer, end_of_text, source)
-    return RunInputs(config, corpus, tokenizer, end_of_text, state["reference"])
+    return corpus
 
 
 def find_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:

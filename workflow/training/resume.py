@@ -1,7 +1,5 @@
 """Exact resume: a checkpoint's contents are compared, then loaded into a new trainer."""
 
-from __future__ import annotations
-
 import platform
 import random
 import re

@@ -9,20 +9,14 @@
 After a break, an interrupt or a kill, the same lines continue where the run was.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from workflow.config.settings import Config
-from workflow.data import Corpus
 from workflow.errors import CheckpointError
 from workflow.training import checkpoint, distributed
 from workflow.training.directory import RunDirectory
@@ -42,49 +36,28 @@ UNINTERRUPTED = "never_stopped.json"  # the trace of `continue_uninterrupted`, n
 GPU_STEPS_AHEAD = 10  # steps that are launched before the numbers of the first are waited for
 
 
-@dataclass(frozen=True)
-class RunInputs:
-    """What a run starts from, beside the weights."""
-
-    config: Config
-    corpus: Corpus
-    tokenizer: Tokenizer
-    end_of_text: int
-    provenance: dict[str, str]  # of weights and text
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """The parts of a checkpoint that a resume must find unchanged."""
-        tokenizer = {
-            "sha256": self.corpus.tokenizer_sha256,
-            "vocabulary": self.tokenizer.get_vocab_size(),
-            "end_of_text": self.end_of_text,
-        }
-        config = self.config.settings_of_run()
-        return {"config": config, "data": self.corpus.stamp, "tokenizer": tokenizer}
-
-
 class Run:
     """A trainer, its directory and its logger; made by `open_run` and `resume_run` in open.py.
 
-    loaded: the checkpoint to continue from, as (path, state), or None. resumed_at: the step of the
-    checkpoint that `resume_run` was asked for, or 0. allowed: see `resume.check_allowed`.
+    provenance: of the weights. loaded: the checkpoint to continue from, as (path, state), or None.
+    resumed_at: the step of the checkpoint that `resume_run` was asked for, or 0. allowed: see
+    `resume.check_allowed`.
     """
 
     def __init__(
         self,
-        inputs: RunInputs,
         trainer: Trainer,
         directory: RunDirectory,
+        provenance: dict[str, str],
         loaded: tuple[Path, dict[str, Any]] | None,
         resumed_at: int = 0,
         allowed: Collection[str] = (),
     ):
-        self.inputs, self.config, self.corpus = inputs, inputs.config, inputs.corpus
-        self.trainer, self.directory, self.resumed_at = trainer, directory, resumed_at
+        self.trainer, self.config, self.corpus = trainer, trainer.config, trainer.corpus
+        self.directory, self.resumed_at = directory, resumed_at
         self.name = directory.folder.name
         self.folder = self.config.paths.runs / self.name  # of its log
-        self.provenance = inputs.provenance | self.corpus.origin
+        self.provenance = provenance | self.corpus.origin
         print(self.corpus)
         directory.check_free_space(self.config, sum(p.nbytes for p in trainer.model.parameters()))
         if loaded:
@@ -147,14 +120,14 @@ class Run:
             return logged or ""
         self._check_open()
         settings, model, device = self.config.sample, self.trainer.model, self.trainer.device
-        ids = self.inputs.tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self.corpus.tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = torch.tensor([ids], device=device)
         generator = torch.Generator(device).manual_seed(self.config.run.seed)
         with evaluating(model):
             output = model.generate(
                 ids, settings.new_tokens, settings.temperature, generator=generator
             )
-        text = self.inputs.tokenizer.decode(output[0].tolist())
+        text = self.corpus.tokenizer.decode(output[0].tolist())
         self.logger.log({"step": self.global_step, "prompt": prompt, "sample": text})
         return text
 
@@ -167,7 +140,7 @@ class Run:
                 return
             self.logger.flush()
             here = {"reference": self.provenance, "environment": environment(self.trainer.device)}
-            state = self.inputs.fixed | here | self.trainer.state_dict()
+            state = self._fixed() | here | self.trainer.state_dict()
             kept = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
             self.directory.save(state, settings.keep_checkpoints, kept)
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
@@ -187,18 +160,30 @@ class Run:
         losses = tuple(row["loss"] for row in rows)
         return StepTrace(first_step, losses, self.trainer.weights_sha256())
 
+    def _fixed(self) -> dict[str, Any]:
+        """The parts of a checkpoint that a resume must find unchanged."""
+        corpus = self.corpus
+        tokenizer = {
+            "sha256": corpus.tokenizer_sha256,
+            "vocabulary": corpus.tokenizer.get_vocab_size(),
+            "end_of_text": corpus.end_of_text,
+        }
+        config = self.config.settings_of_run()
+        return {"config": config, "data": corpus.stamp, "tokenizer": tokenizer}
+
     def _load(self, path: Path, state: dict[str, Any], allowed: Collection[str]) -> None:
-        self.trainer.load_state_dict(state, path, self.inputs.fixed, allowed)
+        self.trainer.load_state_dict(state, path, self._fixed(), allowed)
         before, here = state["environment"], environment(self.trainer.device)
         if before != here:
             print(f"Note: saved on {before}, now on {here}: no longer bit-exact")
 
     def _open_logger(self) -> MetricsLogger:
-        if not self.global_step:
-            (self.folder / UNINTERRUPTED).unlink(missing_ok=True)
         provenance = self.provenance | self.corpus.stamp
         settings = self.config.settings_of_run()
-        return MetricsLogger(self.folder, self.global_step, provenance, settings)
+        logger = MetricsLogger(self.folder, self.global_step, provenance, settings)
+        if not self.global_step:
+            (self.folder / UNINTERRUPTED).unlink(missing_ok=True)
+        return logger
 
     def _flush_metrics(self) -> None:
         """Logs and shows the steps that were launched, if there are any."""

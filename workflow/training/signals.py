@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: the first waits for a safe point, the second acts at once."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """One training step: loss, learning rate, optimizer, and the step that uses them."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

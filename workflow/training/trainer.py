@@ -4,8 +4,6 @@ It has no folder, no lock and no logger: `run.py` adds those. A step is `train_s
 `workflow/data/batches.py`, its update `step.py`, its model `SmolLm3.py`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The proof of exact resume: the same steps without a stop, and after one in new objects."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 
@@ -21,27 +19,30 @@ def continue_uninterrupted(run: Run, max_steps: int) -> StepTrace:
     """The steps after `train.steps`, up to `max_steps`, as if the run had never stopped.
 
     Closes the run first: its trainer goes on in memory, without a folder and without a log. The
-    trace is kept, and read if it is there. Raises CheckpointError if it can no longer be computed.
+    trace is kept next to the log and, if it is there, only read. At the end the trainer's memory is
+    freed. Raises CheckpointError if the steps can no longer be computed.
     """
+    run.close()
     file = run.folder / UNINTERRUPTED
-    if file.is_file():
-        return StepTrace.read(file)
+    if not file.is_file():
+        train_uninterrupted(run, max_steps).write(file)
+    run.trainer.free()  # from here on there is only the checkpoint
+    return StepTrace.read(file)
+
+
+def train_uninterrupted(run: Run, max_steps: int) -> StepTrace:
     trainer, first_step = run.trainer, run.config.train.steps + 1
     if trainer.global_step >= first_step and first_step not in trainer.losses:
         what = "this run did not continue without a stop before its resume"
-        raise CheckpointError(file, what, "start a new run next to it with FRESH=1")
+        raise CheckpointError(run.folder, what, "start a new run next to it with FRESH=1")
     if run.loaded_step == trainer.global_step:
         print(f"Note: at step {run.loaded_step} this run was itself loaded from a checkpoint")
-    run.close()
     with deferred_signals(distributed.all_reduce_max) as safe_point:
         while trainer.global_step < max_steps:
             trainer.train_step()
             trainer.metrics()
             safe_point()
-    trace = trainer.trace(first_step)
-    trace.write(file)
-    trainer.free()  # from here on there is only the checkpoint
-    return trace
+    return trainer.trace(first_step)
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
     Its checkpoints, 1.6 GB each for the 135M, are deleted if the resume was exact.
     """
     config = config.for_rehearsal()
+    corpus.check_length(config.train.sequence_length)
     stop, end = config.train.steps, config.last_step
     name = run_name(config, reference, corpus)
     uninterrupted, logged = (config.paths.runs / name / f for f in (UNINTERRUPTED, "recorded.json"))
