@@ -1,15 +1,15 @@
-"""Checkpoints: written atomically, and read only when nothing in them is damaged.
+"""Checkpoints: one torch zip file each, with everything that the next step depends on.
 
-A checkpoint is one torch zip file with everything that the next step depends on. It is written next
-to its name, read back, synced and only then renamed, so that its name always stands for a complete
-file. Reading: the archive's directory, every record's CRC (torch checks none), `torch.load` with
-`weights_only=True`, the contents, a digest over all of them, and NaN.
+Written next to its name, read back, synced and only then renamed. Reading checks the archive's
+directory, every record's CRC (torch checks none), `torch.load` with `weights_only=True`, the
+contents, a digest over all of them, and NaN.
 """
 
 import pickletools
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,27 +43,18 @@ CALLS = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 )
 MAX_VALUES = 200_000  # of nested contents; aliases can make endless ones of a small file
-STATE_DICT_KEYS = ("model", "state_dict", "model_state_dict", "module")  # in others' checkpoints
 SETTING = "paths.checkpoints"  # the key of the YAML that says where checkpoints are
 LOOKS_LIKE = (  # how a file that is no archive starts, and what it then is
     (rb"$", "it is empty"),
     (rb"version https://git-lfs", "it is a git-LFS pointer, not the file: type git lfs pull"),
-    (rb"\s*<(!doctype|html|head|\?xml)", "it is an HTML page, perhaps of a failed download"),
-    (rb"GGUF", "it is a GGUF file"),
-    (rb".{8}\{\"", "it is a safetensors file"),
+    (rb"(?i)\s*<(!doctype|html|head|\?xml)", "it is an HTML page, perhaps of a failed download"),
     (rb"\x80[\x02-\x05]", "it is a plain pickle, which could run any code"),
     (rb"[\t\n\r -~]{4,64}$", "it is a text file"),
 )
 
 
-# --- write ----------------------------------------------------------------------------------------
-
-
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` to `path`, atomically.
-
-    Raises NonFiniteError if a tensor holds NaN or inf, and DiskError; the file before stays.
-    """
+    """Writes `state` atomically. Raises NonFiniteError or DiskError; the file before stays."""
     if names := not_finite(state):
         what = f"{names[0]} is not finite at step {state['step']}, nothing is saved"
         raise NonFiniteError(path, what, "lower train.learning_rate")
@@ -78,15 +69,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every value of nested dicts and sequences, with its dotted name."""
-    inner: Any = ()
-    if isinstance(value, Mapping):
-        inner = value.items()
-    elif isinstance(value, (list, tuple)):
-        inner = enumerate(value)
-    for key, part in inner:
-        yield from flatten(part, f"{name}.{key}" if name else str(key))
-    if not inner or not value:
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
         yield name, value
+        return
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from flatten(part, f"{name}.{key}" if name else str(key))
 
 
 def not_finite(state: Any) -> list[str]:
@@ -95,14 +82,10 @@ def not_finite(state: Any) -> list[str]:
     return [name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()]
 
 
-# --- read -----------------------------------------------------------------------------------------
-
-
 def load(path: Path) -> dict[str, Any]:
     """The verified contents, on the CPU.
 
-    Raises CheckpointError, before anything is used, if the file is damaged, incomplete or of
-    another program; the error of a damaged one names the newest good one next to it.
+    Raises CheckpointError; of a damaged file, it names the newest good one next to it.
     """
     try:
         return _load(path)
@@ -124,10 +107,10 @@ def _load(path: Path) -> dict[str, Any]:
     if missing:
         what = f"it lacks {', '.join(missing)}"
         raise CheckpointError(path, what, "it cannot be resumed, choose another")
-    digest = state.pop("digest")
-    if digest != sha256_of(flatten(state)):
+    if state.pop("digest") != sha256_of(flatten(state)):
         raise DamagedError(path, "its contents do not match its digest", "choose another")
-    check_finite(path, state)
+    if names := not_finite(state):
+        raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
     return state
 
 
@@ -140,55 +123,35 @@ def read(path: Path) -> Any:
     except Exception as error:  # reading a file that is not ours can fail in any way
         what = f"it cannot be read as a checkpoint ({type(error).__name__})"
         raise DamagedError(path, what, "choose another") from None
-    views = [name for name, v in values if isinstance(v, Tensor) and larger_than_stored(v)]
-    if views or len(values) > MAX_VALUES:
-        what = f"{views[0]} is larger than its record" if views else "its contents have no end"
-        raise DamagedError(path, what, "choose another")
+    for name, t in ((name, value) for name, value in values if isinstance(value, Tensor)):
+        if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
+            raise DamagedError(path, f"{name} is larger than its record", "choose another")
+    if len(values) > MAX_VALUES:
+        raise DamagedError(path, "its contents have no end", "choose another")
     return content
 
 
-def larger_than_stored(tensor: Tensor) -> bool:
-    return tensor.layout != torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes()
-
-
-def check_finite(path: Path, state: Any) -> None:
-    if names := not_finite(state):
-        raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
-
-
 def foreign_error(path: Path, content: Any) -> ForeignError:
-    """Why a valid torch file of another program cannot be resumed."""
-    weights = weights_in(content)
-    if weights is None:
-        keys = ", ".join(map(str, islice(content, 5))) if isinstance(content, dict) else "no keys"
-        what = f"it is not a checkpoint of this project (a {type(content).__name__} with {keys})"
-        return ForeignError(path, what, "choose another")
-    check_finite(path, weights)
-    what = f"it has {len(weights)} weights, but no moments, step or random states of this project's"
-    fix = f"it can be evaluated, not resumed: main.py evaluate {path} --data TEXT"
-    error = ForeignError(path, what, fix)
-    error.weights = weights
-    return error
-
-
-def weights_in(content: Any) -> dict[str, Tensor] | None:
-    """The state dict in a torch file of any program."""
-
-    def is_dict(value: Any) -> bool:
-        return isinstance(value, dict) and bool(value) and all(isinstance(k, str) for k in value)
-
-    places = [content, *(content.get(key) for key in STATE_DICT_KEYS)] if is_dict(content) else []
-    for place in places:
-        if is_dict(place) and all(isinstance(tensor, Tensor) for tensor in place.values()):
-            return place
-    return None
+    """Why a valid torch file of another program cannot be resumed; with its weights, if any."""
+    keys = ("model", "state_dict", "model_state_dict", "module")  # of others' checkpoints
+    places = [content, *map(content.get, keys)] if isinstance(content, dict) else []
+    for weights in places:
+        items = weights.items() if isinstance(weights, dict) else ()
+        if items and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in items):
+            if names := not_finite(weights):
+                raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
+            what = f"it has {len(items)} weights, but no moments, step or random states of a run"
+            fix = f"it can be evaluated, not resumed: main.py evaluate {path} --data TEXT"
+            error = ForeignError(path, what, fix)
+            error.weights = weights
+            return error
+    found = ", ".join(map(str, islice(content, 5))) if places else "no keys"
+    what = f"it is not a checkpoint of this project (a {type(content).__name__} with {found})"
+    return ForeignError(path, what, "choose another")
 
 
 def check_archive(path: Path) -> None:
-    """Checks directory and CRCs of a torch file; unpacks nothing, since torch packs nothing.
-
-    Raises DamagedError, naming the record; CheckpointError if there is no such file.
-    """
+    """Raises CheckpointError if a torch file cannot be read or is damaged; unpacks nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
             if wrong := suspicious(archive.infolist(), path.stat().st_size):
@@ -205,23 +168,27 @@ def check_archive(path: Path) -> None:
         what = f"it cannot be read ({error.strerror or error})"
         raise CheckpointError(path, what, "choose another") from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
-        what = looks_like(path) or f"it is damaged ({error})"
+        with open(path, "rb") as file:
+            start = file.read(64)
+        kinds = (words for pattern, words in LOOKS_LIKE if re.match(pattern, start))
+        what = next(kinds, f"it is damaged ({error})")
         raise DamagedError(path, what, "choose another") from None
 
 
 def suspicious(records: list[zipfile.ZipInfo], size: int) -> str | None:
     """What in an archive's directory torch.save never writes, in words."""
-    names = [record.filename for record in records]
-    if len(set(names)) < len(names):
-        return f"record {next(name for name in names if names.count(name) > 1)!r} appears twice"
-    odd = [name for name in names if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name)]
-    odd += [name for name in names if ".." in name.split("/")]
-    if odd or len({name.partition("/")[0] for name in names}) > 1:
-        return f"record {(odd or names)[0]!r} has a name that torch never gives"
+    names: set[str] = set()
     for record in records:
-        packed = record.compress_type != zipfile.ZIP_STORED
-        if packed or record.compress_size != record.file_size:
-            return f"record {record.filename!r} is compressed, which torch never does"
+        name = record.filename
+        if name in names:
+            return f"record {name!r} appears twice"
+        if ".." in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name):
+            return f"record {name!r} has a name that torch never gives"
+        if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+            return f"record {name!r} is compressed, which torch never does"
+        names.add(name)
+    if len({name.partition("/")[0] for name in names}) > 1:
+        return "its records are in more than one folder"
     total = sum(record.file_size for record in records)
     return f"its records claim {total} bytes, the file has {size}" if total > size else None
 
@@ -233,26 +200,11 @@ def odd_call(pickle: bytes) -> str | None:
     return next((call.replace(" ", ".") for call in calls if not CALLS.fullmatch(call)), None)
 
 
-def looks_like(path: Path) -> str | None:
-    """What a file that is no archive seems to be, in words."""
-    with open(path, "rb") as file:
-        start = file.read(64)
-    for pattern, words in LOOKS_LIKE:
-        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
-            return words
-    return None
-
-
-# --- the folder of a run --------------------------------------------------------------------------
-
-
 def is_valid(path: Path) -> bool:
-    """Whether the archive is undamaged."""
-    try:
+    with suppress(CheckpointError):
         check_archive(path)
-    except CheckpointError:
-        return False
-    return True
+        return True
+    return False
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -261,16 +213,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, the newest first."""
-    names = [file.name for file in folder.glob("checkpoint_*.pt")]
-    matches = [re.fullmatch(r"checkpoint_(\d+)\.pt", name) for name in names]
+    matches = [re.fullmatch(r"checkpoint_(\d+)\.pt", file.name) for file in folder.glob("*.pt")]
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest good checkpoint of a folder; damaged ones are skipped, with one line each.
-
-    Raises CheckpointError if there are some and none is good, or if one is not ours.
-    """
+    """The newest good checkpoint. Raises CheckpointError if all are damaged, or one is foreign."""
     steps = steps_in(folder)
     for step in steps:
         try:
@@ -284,12 +232,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The run's tokenizer, which is next to its checkpoints."""
+    """The run's tokenizer. Raises CheckpointError."""
     file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(file, "the run's tokenizer is missing", "put it back")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing more specific
-        what = f"it is damaged ({error})"
-        raise CheckpointError(file, what, "put the run's own tokenizer back") from None
+        what = f"the run's tokenizer is missing or damaged ({error})"
+        raise CheckpointError(file, what, "put it back") from None

@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from workflow.errors import LostProcessError, WorkflowError
 
-TIMEOUT = timedelta(minutes=30)  # the others wait while the main process validates and saves
 LOST = ("gloo", "nccl", "connect")  # words in torch's error when a process has gone
 
 
@@ -31,9 +30,9 @@ def is_main_process() -> bool:
 
 
 def start(supported: bool) -> None:
-    """Joins the processes that `torchrun` has started, if any. Only the main process prints.
+    """Joins the processes of `torchrun`, if any; only the main one prints.
 
-    supported: whether the command can run in several processes. Raises WorkflowError if not.
+    supported: whether the command can run in several. Raises WorkflowError if not.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -44,24 +43,21 @@ def start(supported: bool) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    wait = timedelta(minutes=30)  # of the others, while the main process validates and saves
     with translate_errors():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=wait)
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")
 
 
 def end() -> None:
-    """Leaves together with the other processes, if any, once everything is written.
-
-    With `os._exit`: while the interpreter shuts down, a thread of gloo's sometimes aborts it, and
-    torchrun then reports the run as failed.
-    """
+    """Leaves together with the other processes, if any, once everything is written."""
     if dist.is_initialized():
         with suppress(LostProcessError):  # it left a moment earlier
-            barrier()
+            all_reduce_max(0)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(0)  # in a usual exit a thread of gloo's can abort, and torchrun reports failure
 
 
 @contextmanager
@@ -81,15 +77,11 @@ def translate_errors() -> Iterator[None]:
 def main_process_first() -> Iterator[None]:
     """The main process runs the block, then the others: they read what it has written."""
     if not is_main_process():
-        barrier()
+        all_reduce_max(0)  # waits for the main process
     yield
     if is_main_process():
-        barrier()
-    barrier()
-
-
-def barrier() -> None:
-    all_reduce_max(0)
+        all_reduce_max(0)
+    all_reduce_max(0)  # nobody leaves before all are done
 
 
 def all_reduce_max(number: int) -> int:

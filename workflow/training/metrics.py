@@ -56,9 +56,6 @@ class InMemoryLogger:
     def log(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
 
-    def log_histograms(self, step: int, model: nn.Module) -> None:
-        pass
-
     def flush(self) -> None:
         pass
 
@@ -66,7 +63,6 @@ class InMemoryLogger:
         pass
 
     def has(self, key: str, step: int) -> bool:
-        """Whether a row of this step has `key`."""
         return any(key in row for row in self.rows if row["step"] == step)
 
     def sample(self, step: int, prompt: str) -> str | None:
@@ -76,10 +72,9 @@ class InMemoryLogger:
 
 
 class MetricsLogger(InMemoryLogger):
-    """The same in metrics.jsonl and TensorBoard, from the rows up to `step` on.
+    """The same in metrics.jsonl and TensorBoard; rows after `step` are removed. Raises DiskError.
 
-    Later rows, of steps that are trained again, are removed. provenance: of weights and text, kept
-    next to the log; settings: the run's, shown in TensorBoard. Raises DiskError.
+    provenance: of weights and text, kept next to the log. settings: the run's, for TensorBoard.
     """
 
     def __init__(self, folder: Path, step: int, provenance: Mapping, settings: Mapping):
@@ -99,9 +94,8 @@ class MetricsLogger(InMemoryLogger):
             self._file = open(file, "ab", buffering=0)  # a kill loses no row
             self._board = summary_writer(folder, step)
             if not step:
-                rows = "".join(f"| {name} | {value} |\n" for name, value in provenance.items())
-                self._board.add_text("provenance", f"| what | which |\n|---|---|\n{rows}", 0)
-                self._board.add_text("config", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
+                for tag, values in (("provenance", provenance), ("config", settings)):
+                    self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
 
     def log(self, row: dict[str, Any]) -> None:
         if self._began and "loss" in row:  # the first step that this process trains
@@ -150,10 +144,8 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of the complete lines; a kill can leave a partial one.
-
-    Raises CheckpointError, with its number, for a line that is no row.
-    """
+    """The rows of the complete lines. Raises CheckpointError, with the number of a damaged one."""
+    # a kill can leave a partial last line
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
     rows = []
     for number, line in enumerate(filter(None, lines), 1):
@@ -169,15 +161,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def git_commit() -> str:
     """The commit of this code, with a + if tracked files differ from it."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
-    place = Path(__file__).parent
     try:
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True)  # noqa: S603
-        return done.stdout.strip()
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)  # noqa: S603
+        return done.stdout.decode().strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown (no git checkout)"
-
-
-# --- on the screen --------------------------------------------------------------------------------
 
 
 class ProgressBar:
@@ -200,8 +188,7 @@ class ProgressBar:
 
     def clear(self) -> None:
         """Takes the bar off the line that will be printed on."""
-        if not self._bar.disable:
-            self._bar.clear()
+        self._bar.clear()
 
     def close(self) -> None:
         self._bar.close()

@@ -11,26 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from SmolLm3 import LlamaModel, ModelConfig, hf_name, hf_state_dict, load_hf_weights
 from workflow.errors import CheckpointError, ConfigError, ForeignError
 from workflow.training import checkpoint, distributed
 
-MAX_FAULTS = 6  # named in one line
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW keeps for each parameter
+State = dict[str, Any]  # of a checkpoint, or a part of it; see `checkpoint.CONTENTS`
 RANDOM_STATES = ("torch", "cuda", "numpy", "python")
-PREFIXES = re.compile(r"^(_orig_mod\.|module\.)+")  # of torch.compile, of DistributedDataParallel
 
 
-# --- the random states, and where they were saved -------------------------------------------------
-
-
-def random_states() -> dict[str, Any]:
+def random_states() -> State:
     """Every random state of the process, as tensors and tuples that `weights_only=True` reads."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all(),  # empty without a GPU
         "numpy": (str(kind), torch.from_numpy(keys.astype(np.int64)), *map(float, rest)),
         "python": random.getstate(),
     }
@@ -42,7 +38,7 @@ def seed_random_states(seed: int) -> None:
     random.seed(seed)
 
 
-def restore_random_states(states: dict[str, Any]) -> None:
+def restore_random_states(states: State) -> None:
     """Restores those that are there; the GPUs' only on a machine with as many."""
     if "python" in states:
         random.setstate(states["python"])
@@ -50,41 +46,32 @@ def restore_random_states(states: dict[str, Any]) -> None:
         torch.set_rng_state(states["torch"])
     if "numpy" in states:
         kind, keys, position, has_gauss, gauss = states["numpy"]
-        keys = keys.numpy().astype(np.uint32)
-        np.random.set_state((kind, keys, int(position), int(has_gauss), gauss))
+        np.random.set_state((kind, keys.numpy(), int(position), int(has_gauss), gauss))
     if len(states.get("cuda", [])) == torch.cuda.device_count() > 0:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> State:
     """Where a checkpoint is written: exact resume is promised only where all this is equal."""
-    gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "torch": str(torch.__version__),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name(device) if gpu else platform.machine(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
     }
 
 
-# --- compare --------------------------------------------------------------------------------------
-
-
 def check_allowed(names: Collection[str]) -> None:
-    """Raises ConfigError for what no resume may change.
-
-    Keys of `train` may, as the YAML names them ("train.learning_rate"), and missing random states.
-    """
+    """Raises ConfigError for names that are neither a key of `train` nor "random" (states)."""
     for name in names:
         if name != "random" and not name.startswith("train."):
             fix = "name a key such as train.learning_rate, or random"
             raise ConfigError(f"--allow {name}", "this must be as in the checkpoint", fix)
 
 
-def compare(
-    path: Path, saved: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()
-) -> list[str]:
+def compare(path: Path, saved: State, now: State, allowed: Collection[str] = ()) -> list[str]:
     """Prints a table of what differs, and returns its keys, if all are in `allowed`.
 
     Raises CheckpointError, with both values, if a key that is not allowed differs.
@@ -94,37 +81,28 @@ def compare(
     if not differ:
         return []
     rows = [(name, f"{before.get(name)!r:.70}", f"{after.get(name)!r:.70}") for name in differ]
-    width = max(len(name) for name in differ)
     for name, old, new in [("setting", "checkpoint", "now"), *rows]:
-        print(f"{name:<{width}}  {old}  {new}")
+        print(f"{name:<{max(map(len, differ))}}  {old}  {new}")
     keys = [name.removeprefix("config.") for name in differ]
     forbidden = [key for key in keys if not any(f"{key}.".startswith(f"{a}.") for a in allowed)]
     if forbidden:
-        training_only = all(key.startswith("train.") for key in keys)
         fix = "use the settings and files of the checkpoint"
-        fix += f", or allow each: --allow {keys[0]}" if training_only else ""
+        if all(key.startswith("train.") for key in keys):
+            fix += f", or allow each: --allow {keys[0]}"
         both = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows]
         raise CheckpointError(path, ", ".join(both), fix)
     return keys
 
 
-# --- load -----------------------------------------------------------------------------------------
-
-
 def restore(
-    path: Path,
-    state: dict[str, Any],
-    expected: dict[str, Any],
-    model: LlamaModel,
-    optimizer: torch.optim.AdamW,
-    allowed: Collection[str],
+    path: Path, state: State, fixed: State, model: LlamaModel, optimizer: AdamW, allowed: Collection
 ) -> None:
     """Loads the checkpoint `path` with this `state` into model, optimizer and random states.
 
-    expected: the parts of it that must be equal, but for what is `allowed`; a line says what makes
-    the resume inexact. Raises CheckpointError before anything is changed.
+    fixed: the parts of it that must be equal, but for what is `allowed`; a line says what makes the
+    resume inexact. Raises CheckpointError before anything is changed.
     """
-    inexact = compare(path, {part: state[part] for part in expected}, expected, allowed)
+    inexact = compare(path, {part: state[part] for part in fixed}, fixed, allowed)
     missing = [name for name in RANDOM_STATES if name not in state["random"]]
     if missing and "random" not in allowed:
         what = f"the random states {', '.join(missing)} are missing"
@@ -132,8 +110,7 @@ def restore(
     weights = normalize_names(state["model"], path)
     try:
         for name, tensor in hf_state_dict(model).items():
-            if name in weights:
-                check_alike(name, weights[name], tensor)
+            check_alike(name, weights.get(name, tensor), tensor)
         load_optimizer(optimizer, state["optimizer"])
         load_weights(model, weights, path)
         restore_random_states(state["random"])
@@ -144,15 +121,12 @@ def restore(
         print(f"Note: {', '.join(inexact + missing)} as allowed: the resume is not exact")
 
 
-def optimizer_state(optimizer: torch.optim.AdamW) -> dict[str, Any]:
+def optimizer_state(optimizer: AdamW) -> State:
     return {"kind": type(optimizer).__name__, **optimizer.state_dict()}
 
 
-def load_optimizer(optimizer: torch.optim.AdamW, saved: dict[str, Any]) -> None:
-    """Loads saved moments into a new optimizer. Raises ValueError if they are not its own.
-
-    The groups stay the new one's: torch would silently take rate and decay from the file.
-    """
+def load_optimizer(optimizer: AdamW, saved: State) -> None:
+    """Loads saved moments into a new optimizer. Raises ValueError if they are not its own."""
     kind, groups = type(optimizer).__name__, optimizer.state_dict()["param_groups"]
     if saved["kind"] != kind:
         raise ValueError(f"its optimizer is {saved['kind']}, not {kind}")
@@ -162,13 +136,13 @@ def load_optimizer(optimizer: torch.optim.AdamW, saved: dict[str, Any]) -> None:
         ours, other = next((a, b) for a, b in zip_longest(names, theirs) if a != b)
         raise ValueError(f"its optimizer has the parameter {other} where this one has {ours}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    indices = [index for group in groups for index in group["params"]]
-    for name, index, parameter in zip(names, indices, parameters):
+    for index, (name, parameter) in enumerate(zip(names, parameters)):
         moments = saved["state"].get(index, {})
-        if moments.keys() != MOMENTS:
+        if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"its optimizer has {sorted(moments) or 'no moments'} of {name}")
         for moment in ("exp_avg", "exp_avg_sq"):
             check_alike(f"{moment} of {name}", moments[moment], parameter)
+    # with the saved groups, torch would silently take rate and decay from the file
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
@@ -181,7 +155,8 @@ def check_alike(name: str, saved: Tensor, now: Tensor) -> None:
 
 def normalize_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The same under Hugging Face's names; a line says if a wrapper's prefix was removed."""
-    named = {PREFIXES.sub("", name): tensor for name, tensor in weights.items()}
+    prefixes = r"^(_orig_mod\.|module\.)+"  # of torch.compile, of DistributedDataParallel
+    named = {re.sub(prefixes, "", name): tensor for name, tensor in weights.items()}
     if named.keys() != weights.keys():
         print(f"Note: the prefixes `module.` and `_orig_mod.` in {path.name} are ignored")
     bare = "embed_tokens.weight" in named  # LlamaModel's own names
@@ -191,19 +166,17 @@ def normalize_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tens
 def load_weights(model: LlamaModel, weights: Mapping[str, Tensor], path: Path) -> None:
     """Copies the weights of the file `path`. Raises CheckpointError, naming what does not fit."""
     weights = normalize_names(weights, path)
-    faults = [
-        f"{n} is {t.dtype}, no float" for n, t in weights.items() if not t.is_floating_point()
-    ]
+    odd = [(name, t.dtype) for name, t in weights.items() if not t.is_floating_point()]
+    faults = [f"{name} is {dtype}, no float" for name, dtype in odd]
     try:
         if not faults:
             load_hf_weights(model, weights)
     except ValueError as error:
         faults = str(error).split("; ")
     if faults:
-        more = f", and {len(faults) - MAX_FAULTS} more" if len(faults) > MAX_FAULTS else ""
-        what = ", ".join(faults[:MAX_FAULTS]) + more
+        more = f", and {len(faults) - 6} more" if len(faults) > 6 else ""
         fix = "choose another file, or name their model: --set model=NAME"
-        raise CheckpointError(path, what, fix)
+        raise CheckpointError(path, ", ".join(faults[:6]) + more, fix)
 
 
 def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
@@ -221,10 +194,7 @@ def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
 
 
 def load_foreign_model(error: ForeignError, reference) -> tuple[LlamaModel, Any, dict[str, Any]]:
-    """The same for another program's file: its weights with the reference's config and tokenizer.
-
-    Raises `error` itself if there are no weights in it.
-    """
+    """The same for another program's weights; raises `error` itself if it has found none."""
     if error.weights is None:
         raise error
     model, path = LlamaModel(reference.config), Path(error.where)

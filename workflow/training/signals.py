@@ -7,9 +7,7 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, handled like Ctrl-C; main.py leaves with another exit code."""
-
-    exit_code = 143
+    exit_code = 143  # SIGTERM, handled like Ctrl-C, but for main.py's exit code
 
 
 def raise_on_sigterm() -> None:
@@ -25,12 +23,11 @@ def raise_on_sigterm() -> None:
 def deferred_signals(all_reduce: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
     """Signals wait for `safe_point(before)`, which is yielded: no step stops half done.
 
-    It calls `before`, if given, then acts as the signal would have. A second signal acts at once.
-    all_reduce: with several processes, tells all of them the number of a signal that one received.
-    Outside the main thread, which no signal reaches, this does nothing.
+    It calls `before`, then acts as the signal would have. A second signal acts at once. all_reduce:
+    gives all processes the signal that one received. Outside the main thread, this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda before=None: None
+        yield lambda *_: None
         return
     received: list[int] = []
 
@@ -39,10 +36,9 @@ def deferred_signals(all_reduce: Callable[[int], int] = int) -> Iterator[Callabl
         if len(received) > 1:
             handlers[number](number, frame)
 
-    def safe_point(before: Callable[[], None] | None = None) -> None:
+    def safe_point(before: Callable[[], None] = lambda: None) -> None:
         if number := all_reduce(received[0] if received else 0):
-            if before:
-                before()
+            before()
             handlers[number](number, None)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
