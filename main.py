@@ -2,7 +2,7 @@
 
 exit codes:
   0    good
-  1    a check fails, or another process of the run has ended
+  1    a check or a cell fails, or another process of the run has ended
   2    bad input or configuration
   3    a damaged or foreign checkpoint
   4    numbers that are not finite

@@ -23,7 +23,7 @@ from workflow.files import atomic_write, sha256_of
 
 FORMAT = "smollm-workflow checkpoint"
 FORMAT_VERSION = 2
-# What the next step depends on. A file that lacks any of it cannot be resumed.
+# What a checkpoint must hold to be resumed.
 CONTENTS = {
     "format": str,
     "format_version": int,
@@ -34,7 +34,7 @@ CONTENTS = {
     "data": dict,  # hash and sizes of the text; with config's seed, the order of the data
     "config": dict,  # the settings of the run, as plain values
     "tokenizer": dict,  # end of text, vocabulary, sha256
-    "reference": dict,  # provenance of the weights that the run started from
+    "reference": dict,  # provenance of the weights and the text that the run started from
     "environment": dict,  # where it was written: exact resume is promised only there
     "digest": str,  # sha256 over all of the above
 }
@@ -201,6 +201,7 @@ def odd_call(pickle: bytes) -> str | None:
 
 
 def is_valid(path: Path) -> bool:
+    """Whether the archive is undamaged; its contents are not looked at."""
     with suppress(CheckpointError):
         check_archive(path)
         return True

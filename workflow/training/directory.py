@@ -16,8 +16,8 @@ class RunDirectory:
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.open = folder, distributed.is_main_process()
-        if self.open:
+        self.folder, self.locked = folder, distributed.is_main_process()
+        if self.locked:
             self._lock = lock_folder(folder, checkpoint.SETTING)
             remove_temporary_files(folder)
 
@@ -41,6 +41,6 @@ class RunDirectory:
         check_free_space(self.folder, size, f"{count} checkpoints", checkpoint.SETTING)
 
     def close(self) -> None:
-        if self.open:
+        if self.locked:
             self._lock.release(force=True)
-        self.open = False
+        self.locked = False

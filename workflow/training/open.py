@@ -76,7 +76,7 @@ def resume_run(
 def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
     """Writes transformers' `tokenizer` next to the checkpoints: a resume needs no reference."""
     last = "tokenizer.json"  # where it is, all files are
-    if directory.open and not (directory.folder / last).is_file():
+    if directory.locked and not (directory.folder / last).is_file():
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             texts = {file.name: file.read_text("utf-8") for file in Path(folder).iterdir()}

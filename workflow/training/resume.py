@@ -100,7 +100,7 @@ def restore(
     """Loads the checkpoint `path` with this `state` into model, optimizer and random states.
 
     fixed: the parts of it that must be equal, but for what is `allowed`; a line says what makes the
-    resume inexact. Raises CheckpointError before anything is changed.
+    resume inexact. Raises CheckpointError; then the trainer must not be used.
     """
     inexact = compare(path, {part: state[part] for part in fixed}, fixed, allowed)
     missing = [name for name in RANDOM_STATES if name not in state["random"]]
@@ -126,7 +126,10 @@ def optimizer_state(optimizer: AdamW) -> State:
 
 
 def load_optimizer(optimizer: AdamW, saved: State) -> None:
-    """Loads saved moments into a new optimizer. Raises ValueError if they are not its own."""
+    """Loads saved moments into a new optimizer. Raises ValueError if they are not its own.
+
+    The groups stay the new one's: torch would silently take rate and decay from the file.
+    """
     kind, groups = type(optimizer).__name__, optimizer.state_dict()["param_groups"]
     if saved["kind"] != kind:
         raise ValueError(f"its optimizer is {saved['kind']}, not {kind}")

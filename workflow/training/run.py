@@ -87,7 +87,8 @@ class Run:
         settings, done = self.config.train, self.global_step
         if done > max_steps or (done == max_steps and not self._validation_due(max_steps)):
             rows = (r for r in self.logger.rows if self.resumed_at < r["step"] <= max_steps)
-            return replay_log(rows, settings, self.resumed_at, done)
+            replay_log(rows, settings, self.resumed_at, done)
+            return
         self._check_open()
         self._print_plan(max_steps)
         self.progress.start(done, max_steps)
@@ -136,7 +137,7 @@ class Run:
         self._flush_metrics()
         with distributed.main_process_first():  # nobody leaves before it is written
             path, settings = self.directory.checkpoint(self.global_step), self.config.train
-            if not self.directory.open or not self.global_step or checkpoint.is_valid(path):
+            if not self.directory.locked or not self.global_step or checkpoint.is_valid(path):
                 return
             self.logger.flush()
             here = {"reference": self.provenance, "environment": environment(self.trainer.device)}
@@ -187,7 +188,7 @@ class Run:
 
     def _flush_metrics(self) -> None:
         """Logs and shows the steps that were launched, if there are any."""
-        if self.trainer.step.launched:
+        if self.trainer.update.launched:
             with self.trainer.all_or_broken():  # a log that lacks rows goes with no state
                 for row in self.trainer.metrics():
                     self.logger.log(row)
@@ -204,7 +205,7 @@ class Run:
 
     def _validation_due(self, max_steps: int) -> bool:
         """Whether this process is to validate at this step, and has not yet."""
-        due = self.directory.open and self._validation_step(max_steps)
+        due = self.directory.locked and self._validation_step(max_steps)
         return due and not self.logger.has("validation_loss", self.global_step)
 
     def _validate(self, max_steps: int, safe_point: Callable) -> None:
@@ -228,5 +229,5 @@ class Run:
 
     def _check_open(self) -> None:
         self.trainer.check_usable()
-        if distributed.is_main_process() and not self.directory.open:
+        if distributed.is_main_process() and not self.directory.locked:
             raise CheckpointError(f"run {self.name}", "it is closed", "open it again: open_run(…)")

@@ -34,8 +34,8 @@ class Trainer:
         hardware.prepare(self.device)
         seed_random_states(config.run.seed)
         self.model = LlamaModel(config.trained).to(self.device)
-        self.step = TrainStep(self.model, config.train, self.device)
-        self.optimizer = self.step.optimizer
+        self.update = TrainStep(self.model, config.train, self.device)
+        self.optimizer = self.update.optimizer
         self.global_step = 0
         self.losses: dict[int, float] = {}
         self._broken = False
@@ -44,7 +44,7 @@ class Trainer:
         """Launches one step; `metrics` waits for its numbers."""
         inputs, targets = self.batch(self.global_step)
         with self.all_or_broken(), distributed.translate_errors():
-            self.step(self.global_step, inputs, targets)
+            self.update(self.global_step, inputs, targets)
             self.global_step += 1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class Trainer:
         settings = self.config.train
         size = settings.batch_size, settings.sequence_length
         batch = batch_at(self.corpus.train, step, *size, self.config.run.seed)
-        inputs, targets = (part[self.step.slice] for part in batch)
+        inputs, targets = (part[self.update.slice] for part in batch)
         if self.device.type == "cuda":  # from pinned memory, the copy does not wait for the GPU
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return tuple(part.to(self.device, non_blocking=True) for part in (inputs, targets))
@@ -60,7 +60,7 @@ class Trainer:
     def metrics(self) -> list[dict[str, Any]]:
         """A row for each step since the last call; see `TrainStep.metrics`."""
         try:
-            rows = self.step.metrics()
+            rows = self.update.metrics()
         except NonFiniteError as error:
             self.global_step = error.step
             raise
@@ -75,7 +75,7 @@ class Trainer:
         held_out = validation_batches(self.corpus.validation, settings.validation_tokens, *size)
         with evaluating(self.model):
             for inputs, targets in held_out:
-                loss = self.step.loss(inputs.to(self.device), targets.to(self.device))
+                loss = self.update.loss(inputs.to(self.device), targets.to(self.device))
                 total += loss.item() * inputs.numel()
                 count += inputs.numel()
                 after_batch()
