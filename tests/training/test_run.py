@@ -2,6 +2,8 @@
 
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -216,15 +218,21 @@ def test_a_broken_off_loop_goes_on_where_it_was(config, reference, tmp_path):
     assert losses(finished(run, 20)) == losses(straight)
 
 
-def test_a_run_opened_again_in_the_same_process_repeats_the_steps_since_its_checkpoint(
-    config, reference, tmp_path
-):
+def test_a_run_opened_again_in_the_same_process_goes_on(config, reference, tmp_path):
     straight = finished(opened(beside(tmp_path), reference), 20)
-    for step in opened(config, reference).train(20):
-        if step == 13:
+    first = opened(config, reference)
+    for step in first.train(20):
+        if step == 7:
             break
-    again = opened(config, reference)  # the cell was run twice
-    assert again.global_step == 10
+    again = opened(config, reference)  # the cell was run twice; the first run is saved and closed
+    assert again.global_step == 7
+    first.close()  # leaves the lock to the other
+    in_other_process = "import sys, filelock; filelock.FileLock(sys.argv[1], timeout=0).acquire()"
+    lock = str(again.directory.folder / ".lock")
+    refused = subprocess.run([sys.executable, "-c", in_other_process, lock], capture_output=True)
+    assert b"Timeout" in refused.stderr
+    with pytest.raises(CheckpointError, match="it is closed"):
+        finished(first, 20)
     assert losses(finished(again, 20)) == losses(straight)
 
 
@@ -393,6 +401,7 @@ def test_a_number_that_comes_later_and_is_not_finite_stops_the_run_where_it_was(
     assert run.global_step == 3
     with pytest.raises(CheckpointError, match="it was stopped in the middle of a step"):
         run.save()
+    run.save_and_close()
     assert not checkpoint.steps_in(run.directory.folder)
 
 

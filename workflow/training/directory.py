@@ -19,7 +19,15 @@ class RunDirectory:
         self.folder, self.locked = folder, distributed.is_main_process()
         if self.locked:
             self._lock = lock_folder(folder, checkpoint.SETTING)
+            if earlier := getattr(self._lock, "run", None):  # opened before, by this process
+                earlier.save_and_close()
+                self._lock = lock_folder(folder, checkpoint.SETTING)
             remove_temporary_files(folder)
+
+    def belongs_to(self, run) -> None:
+        """`run` is saved and closed if this process opens its folder again."""
+        if self.locked:
+            self._lock.run = run
 
     def checkpoint(self, step: int) -> Path:
         return checkpoint.checkpoint_path(self.folder, step)
@@ -42,5 +50,6 @@ class RunDirectory:
 
     def close(self) -> None:
         if self.locked:
+            self._lock.run = None
             self._lock.release(force=True)
         self.locked = False

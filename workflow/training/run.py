@@ -65,6 +65,7 @@ class Run:
         self.loaded_step = trainer.global_step  # 0: none was loaded
         self.progress = ProgressBar(self.config.train, resumed_at)
         self.logger = self._open_logger() if distributed.is_main_process() else InMemoryLogger()
+        directory.belongs_to(self)
 
     @property
     def global_step(self) -> int:
@@ -105,9 +106,9 @@ class Run:
                     if due and self.global_step < max_steps:
                         self.save()
                     safe_point(self.save)
+                self.logger.flush()
         finally:
             self.progress.close()
-            self.logger.flush()
 
     def sample(self, prompt: str) -> str:
         """`prompt` with its continuation, logged at this step; it has a random state of its own.
@@ -152,7 +153,9 @@ class Run:
         self.directory.close()
 
     def save_and_close(self) -> None:
-        self.save()
+        """Saves, unless an error left the state unusable, and closes."""
+        if not self.trainer.broken:
+            self.save()
         self.close()
 
     def trace(self, first_step: int) -> StepTrace:

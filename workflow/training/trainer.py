@@ -27,6 +27,7 @@ class Trainer:
     """A model with random weights, its optimizer and the data, at step 0.
 
     global_step: steps done. losses: step -> loss, of the steps that this object has trained.
+    broken: whether the state is that of an unfinished step.
     """
 
     def __init__(self, config: Config, corpus: Corpus):
@@ -38,7 +39,7 @@ class Trainer:
         self.optimizer = self.update.optimizer
         self.global_step = 0
         self.losses: dict[int, float] = {}
-        self._broken = False
+        self.broken = False
 
     def train_step(self) -> None:
         """Launches one step; `metrics` waits for its numbers."""
@@ -119,12 +120,12 @@ class Trainer:
     def all_or_broken(self) -> Iterator[None]:
         """An error inside, or a second Ctrl-C, leaves a state that is not used any more."""
         self.check_usable()
-        self._broken = True
+        self.broken = True
         yield
-        self._broken = False
+        self.broken = False
 
     def check_usable(self) -> None:
         """Raises CheckpointError if the state is that of an unfinished step."""
-        if self._broken:
+        if self.broken:
             what = "it was stopped in the middle of a step"
             raise CheckpointError("this run", what, "open it again: open_run(…)")
