@@ -69,21 +69,21 @@ def verify(arguments: Namespace) -> int:
         checks = proof.verify(proof.copy_reference(original), original, settings, text)
     if arguments.json:
         print(json.dumps(proof.as_json(checks), indent=1, allow_nan=False))
-    return 1 if proof.failed(checks) else 0
+    return 1 if proof.failed_checks(checks) else 0
 
 
 def mutate(arguments: Namespace) -> None:
     """Make common mistakes on purpose, and show what each does.
 
     The table names the first check that finds each mistake, and the loss curves
-    of training with it: from the record, or trained for breaking.steps steps.
+    of training with it: from the record, or trained for mutations.steps steps.
 
     example:
-      python main.py break --set breaking.steps=100
+      python main.py mutate --set mutations.steps=100
     """
     original, config = open_reference(arguments)
     results, curves = mutations.study(proof.copy_reference(original), original, config)
-    print(mutations.table(results, curves, config.breaking).to_string())
+    print(mutations.table(results, curves, config.mutations).to_string())
     print(mutations.curve_table(curves).to_string())
 
 
@@ -187,7 +187,7 @@ def bench(arguments: Namespace) -> None:
     print(report(configure(arguments), arguments.rounds, arguments.only))
 
 
-COMMANDS = {"run": run, "verify": verify, "break": mutate, "train": train, "resume": resume}
+COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
 COMMANDS |= {"generate": generate, "evaluate": evaluate, "export": export, "bench": bench}
 
 
@@ -200,7 +200,7 @@ def configure(arguments: Namespace) -> Config:
 def open_reference(arguments: Namespace):
     config = configure(arguments)
     source, cache = config.reference.source, config.paths.cache
-    return reference.load_reference(source, config.member, cache=cache), config
+    return reference.load_reference(source, config.model_entry, cache=cache), config
 
 
 def open_model(arguments: Namespace):

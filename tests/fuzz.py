@@ -36,9 +36,9 @@ PATHS = [
     ("run", "name"),
     ("run", "seed"),
     ("run", "device"),
-    ("members", "tiny", "architecture"),
+    ("models", "tiny", "architecture"),
     *(
-        ("members", "tiny", "architecture", key)
+        ("models", "tiny", "architecture", key)
         for key in ("vocab_size", "hidden_size", "head_dim", "num_attention_heads", "rope_theta")
     ),
 ]

@@ -280,7 +280,7 @@ def test_weights_alone_can_be_evaluated(trained):
     alone = python(story, "evaluate", str(path), "--data", "input.txt", "--window", "64")
     figures = [re.search(r"loss .*", result.stdout) for result in (own, alone)]
     assert figures[0] and figures[1] and figures[0][0] == figures[1][0]
-    more = (*SHORT, "members.tiny.architecture.num_hidden_layers=1")
+    more = (*SHORT, "models.tiny.architecture.num_hidden_layers=1")
     other = python(
         story, "evaluate", str(path), "--data", "input.txt", "--window", "64", settings=more
     )
@@ -303,7 +303,7 @@ def test_resuming_nothing_and_resuming_the_end_are_said(trained):
 
 def start(story, *settings: str) -> subprocess.Popen:
     return subprocess.Popen(
-        command(("train",), ("train.steps=9000", "train.print_every=1", *settings)),
+        command(("train",), ("train.steps=9000", "train.log_every=1", *settings)),
         cwd=story,
         env=os.environ | {"SMOLLM_PROFILE": "ci"},
         stdout=subprocess.PIPE,
@@ -339,7 +339,7 @@ def test_sigterm_saves_at_the_next_safe_point(story, phase, settings, line):
 def test_a_folder_in_use_is_refused_naming_the_process(story):
     first = start(story)
     assert any("Step: 1," in text for text in first.stdout)
-    settings = ("train.steps=9000", "train.print_every=1")
+    settings = ("train.steps=9000", "train.log_every=1")
     line = one_line(python(story, "train", settings=settings), 7)
     assert f"in use by process {first.pid} on {socket.gethostname()}; wait for it" in line
     first.kill()

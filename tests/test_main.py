@@ -17,7 +17,7 @@ import main
 from workflow.proof import BOUNDS
 from workflow.training import load_model
 
-SHORT = ("train.steps=20", "train.resume_steps=5", "train.print_every=10", "sample.every=10")
+SHORT = ("train.steps=20", "train.resume_steps=5", "train.log_every=10", "sample.every=10")
 
 
 def options(*settings: str) -> list[str]:
@@ -90,28 +90,31 @@ def test_train_then_resume_then_both_again(command, story):
 def test_verify_is_for_people_and_for_machines(here):
     code, printed, _ = here("verify", "--quick")
     assert code == 0
-    assert "Model loaded. Total params: 26816" in printed and "failing: []" in printed
+    assert "Model loaded. Total params: 26816" in printed
+    assert re.search(r"^18 of 22 checks passed, 4 skipped, in \d+ s$", printed, re.MULTILINE)
     code, printed, aside = here("verify", "--json")
     checks = {check["name"]: check for check in json.loads(printed)}
     assert code == 0 and list(checks) == list(BOUNDS)
-    assert checks["logits"]["figure"] == 0.0 and checks["logits"]["holds"] is True
-    assert checks["logits, 8192 tokens"]["holds"]
+    assert checks["logits match"]["value"] == 0.0 and checks["logits match"]["passed"] is True
+    assert checks["logits match, 8192 tokens"]["passed"]
     assert "Model loaded" in aside
 
 
 def test_verify_exits_with_1_when_a_check_fails(here, monkeypatch):
-    monkeypatch.setitem(BOUNDS, "cache against no cache", ("<=", -1.0))
+    monkeypatch.setitem(BOUNDS, "cache matches no cache", ("<=", -1.0))
     code, printed, _ = here("verify", "--quick")
-    assert code == 1 and "failing: ['cache against no cache']" in printed
+    assert code == 1 and "checks passed, 1 failed (cache matches no cache)" in printed
 
 
-def test_break_names_the_first_check_that_fails(here, story):
-    code, printed, _ = here("break", *options("breaking.steps=2", "breaking.other_rates=[0.1]"))
+def test_mutate_names_the_first_check_that_fails(here, story):
+    code, printed, _ = here(
+        "mutate", *options("mutations.steps=2", "mutations.other_learning_rates=[0.1]")
+    )
     assert code == 0
-    assert re.search(r"^nothing broken +none ", printed, re.MULTILINE)
-    assert re.search(r"^head left random +tensors missing or extra", printed, re.MULTILINE)
-    assert re.search(r"^head left random +0.1 ", printed, re.MULTILINE)
-    assert (story / "runs" / "breaking-ci.json").is_file()
+    assert re.search(r"^no mutation +none ", printed, re.MULTILINE)
+    assert re.search(r"^random head +tensor names match", printed, re.MULTILINE)
+    assert re.search(r"^random head +0.1 ", printed, re.MULTILINE)
+    assert (story / "runs" / "mutations-ci.json").is_file()
 
 
 def test_generate_is_greedy_unless_asked_and_reads_stdin(here, monkeypatch):
@@ -129,7 +132,7 @@ def test_generate_is_greedy_unless_asked_and_reads_stdin(here, monkeypatch):
 def test_what_cannot_be_generated_is_said_in_one_line(here):
     for arguments, words in (
         ([""], "the prompt is empty, give at least one token; change the prompt or the options"),
-        (["x", "--chat"], "this tokenizer has no chat template; take an Instruct member, or omit"),
+        (["x", "--chat"], "this tokenizer has no chat template; choose an Instruct model, or omit"),
         (["x", "--temperature", "1", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
         (["x", "--tokens", "600"], "600 new tokens do not fit: the context is 512, the prompt 1"),
     ):

@@ -31,7 +31,7 @@ SHORT = "train.steps=20 train.resume_steps=5 train.batch_size=4 train.validation
 SETTINGS = [f"--set={setting}" for setting in (*SHORT.split(), "proof.new_tokens=4")]
 SHOWN = {  # what a command prints when it has done its work
     "run": "Run folder: runs/ci-",
-    "verify": "failing: []",
+    "verify": " checks passed",
     "train": "=== Generation @ step 20 ===",
     "resume": "=== Generation @ step 25 ===",
     "generate": "Once upon a time,",

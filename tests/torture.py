@@ -89,8 +89,8 @@ def world() -> Iterator[World]:
     torch.nn.modules.module.register_module_forward_hook(drop)
     torch.set_num_threads(1)  # a child of a process with more would hang
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        member = load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci").member
-        yield World(Path(folder), load_reference("random", member))
+        entry = load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci").model_entry
+        yield World(Path(folder), load_reference("random", entry))
     torch.nn.modules.module._global_forward_hooks.popitem()
 
 

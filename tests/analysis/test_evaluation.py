@@ -14,7 +14,7 @@ from workflow.proof import copy_reference
 @pytest.fixture
 def model(config) -> LlamaModel:
     torch.manual_seed(0)
-    return LlamaModel(config.trained)
+    return LlamaModel(config.train_architecture)
 
 
 def token_losses(model, ids: list[int]) -> list[float]:

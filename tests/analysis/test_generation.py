@@ -50,7 +50,7 @@ def test_probabilities_are_those_of_transformers(temperature, top_k, top_p, min_
 @pytest.fixture
 def model(config):
     torch.manual_seed(0)
-    return LlamaModel(config.member.architecture)
+    return LlamaModel(config.model_entry.architecture)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_the_text_ends_before_a_stop_token(model, reference):
 
 
 def test_a_chat_needs_a_template(reference):
-    with pytest.raises(WorkflowError, match="no chat template; take an Instruct member"):
+    with pytest.raises(WorkflowError, match="no chat template; choose an Instruct model"):
         prompt_ids(reference.tokenizer, "Hello", chat=True)
 
 

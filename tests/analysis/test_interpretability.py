@@ -13,7 +13,7 @@ from workflow.proof.checks import copy_reference
 @pytest.fixture
 def model(config):
     torch.manual_seed(0)
-    model = LlamaModel(config.trained)
+    model = LlamaModel(config.train_architecture)
     for parameter in model.parameters():
         parameter.data.mul_(20 if parameter.ndim == 2 else 1)  # heads that choose
     return model
@@ -21,7 +21,7 @@ def model(config):
 
 @pytest.fixture
 def ids(config):
-    return insides.repeated_tokens(config.trained.vocab_size, length=12)
+    return insides.repeated_tokens(config.train_architecture.vocab_size, length=12)
 
 
 def test_the_counts_add_up_and_the_map_finds_every_tensor_equal_until_one_differs(model):

@@ -17,16 +17,16 @@ def test_every_profile_is_complete(profile):
     config = load_config(YAML, profile)
     assert (config.train.steps, config.train.resume_steps) == (5000, 50)
     assert config.train.schedule_steps >= config.last_step
-    assert isinstance(config.member.architecture, ModelConfig)
+    assert isinstance(config.model_entry.architecture, ModelConfig)
 
 
 def test_one_line_changes_architecture_and_source_together():
     for model, theta, context in (("SmolLM2-135M", 1e5, 8192), ("SmolLM-135M", 1e4, 2048)):
         changes = [f"model={model}", f"train.model={model}"]
         config = load_config(YAML, "cpu", changes)
-        assert config.member.hub_id == f"HuggingFaceTB/{model}"
-        assert config.trained.rope_theta == theta
-        assert config.trained.max_position_embeddings == context
+        assert config.model_entry.hub_id == f"HuggingFaceTB/{model}"
+        assert config.train_architecture.rope_theta == theta
+        assert config.train_architecture.max_position_embeddings == context
 
 
 def test_profile_comes_from_the_argument_then_the_environment_then_a_look_at_the_machine(
@@ -60,7 +60,9 @@ def test_overrides_come_from_the_environment_then_from_the_argument_and_are_prin
     ("override", "words"),
     [
         ("train.stepz=3", "train.stepz: there is no such key; did you mean steps?"),
-        ("members.tiny.architecture.hidden_sise=3", "key; did you mean hidden_size?"),
+        ("train.clip_norm=1", "there is no such key; did you mean max_grad_norm?"),
+        ("breaking.steps=1", "breaking: there is no such key; did you mean mutations?"),
+        ("models.tiny.architecture.hidden_sise=3", "key; did you mean hidden_size?"),
         ("train.steps=abc", "train.steps: 'abc' does not fit: Input should be a valid integer"),
         ("train.steps=1.5", "train.steps: 1.5 does not fit"),
         ("train.steps=!!binary aGk=", "train.steps: \"b'hi'\" does not fit"),
@@ -72,14 +74,14 @@ def test_overrides_come_from_the_environment_then_from_the_argument_and_are_prin
         ("train=3", "train: 3 does not fit"),
         ("run.device=tpu", "run.device: 'tpu' does not fit"),
         ("run.device=cuda", "run.device is cuda, but torch finds no CUDA GPU here"),
-        ("members.tiny.architecture.hidden_size=33", "hidden_size 33 is not divisible"),
-        ("train.model=nope", "train.model is 'nope', which is no row of members: SmolLM2-135M"),
+        ("models.tiny.architecture.hidden_size=33", "hidden_size 33 is not divisible"),
+        ("train.model=nope", "train.model is 'nope', which is no row of models: SmolLM2-135M"),
         ("train.model=small", "vocab_size 49152, the tokenizer of 'tiny' has 257"),
         ("train.sequence_length=1024", "is 1024, more than max_position_embeddings = 512"),
         ("train.decay_steps=6000", "is 6000, more than schedule_steps - warmup_steps = 4950"),
         ("train.validation_tokens=10", "sequence_length is 32, more than validation_tokens = 10"),
         ("train.batch_size=999999999", "is 31999999968, more than 2^24 = 16777216"),
-        ("rehearsal.save_at=10", "rehearsal.save_at is 10, more than rehearsal.steps - 1 = 9"),
+        ("smoke_test.save_at=10", "smoke_test.save_at is 10, more than smoke_test.steps - 1 = 9"),
         ("nonsense", "--set nonsense: this is not key=value"),
     ],
 )

@@ -150,8 +150,8 @@ def test_a_run_on_wikitext_from_the_hub_and_again_from_its_cache(hub, client, co
     assert f"(revision {COMMIT}, text sha256 " in told[0]
     # tokens are bytes, and the end of a text takes the place of its last newline
     assert f", {len(''.join(TRAIN))} tokens to train on, {len(''.join(HELD_OUT))} held " in told[0]
-    (made_of,) = (story / "runs").glob("*/made_of.json")
-    assert f'"text_revision": "{COMMIT}"' in made_of.read_text()
+    (provenance,) = (story / "runs").glob("*/provenance.json")
+    assert f'"text_revision": "{COMMIT}"' in provenance.read_text()
 
     (checkpoint,) = (story / "checkpoints").glob("*/checkpoint_2.pt")
     (folder,) = Path(client["HF_HOME"]).glob("hub/datasets--*")

@@ -35,10 +35,10 @@ def test_the_official_ids_of_hard_strings(smollm2, reference):
     strings = external.hard_strings(smollm2)
     ids = dict(strings)
     assert smollm2.tokenizer.convert_ids_to_tokens(ids["a\n  5"]) == ["a", "ĊĠĠ", "5"]
-    assert external.strings_check(smollm2, strings).figure == 0
+    assert external.strings_check(smollm2, strings).value == 0
     strings[0][1] = [1, 2, 3]
     check = external.strings_check(smollm2, strings)
-    assert (check.figure, check.detail) == (1, r"'a\n  5'")
+    assert (check.value, check.detail) == (1, r"'a\n  5'")
     assert external.hard_strings(reference) is None  # another vocabulary
     assert external.strings_check(reference, None).passed is None
 
@@ -50,7 +50,7 @@ def test_llama_cpp_chooses_as_we_do(smollm2):
         check = external.argmax_check(model, facts)
         assert check.passed and check.detail.endswith("of 128 positions")
         facts["argmax"] = [*facts["argmax"][1:], 0]
-        assert external.argmax_check(model, facts).figure < 0.3
+        assert external.argmax_check(model, facts).value < 0.3
 
 
 def test_one_changed_tensor_is_named(smollm2, monkeypatch):
@@ -62,7 +62,7 @@ def test_one_changed_tensor_is_named(smollm2, monkeypatch):
     monkeypatch.setattr(external, "read_tensors", some)
     check = next(external.external_checks(None, smollm2, None))
     assert check.detail.startswith("model.norm.weight, ")
-    assert check.figure == 1 + 270  # those that the file does not have, too
+    assert check.value == 1 + 270  # those that the file does not have, too
 
 
 def test_perplexity_is_of_the_right_text_only(reference, tmp_path):
@@ -73,13 +73,13 @@ def test_perplexity_is_of_the_right_text_only(reference, tmp_path):
     with pytest.raises(DataError):
         external.perplexity_check(model, reference, facts, tmp_path / "absent.txt")
     check = external.perplexity_check(model, reference, facts, text)
-    assert check.figure == float("inf") and check.detail == f"{text} is another text than a text"
+    assert check.value == float("inf") and check.detail == f"{text} is another text than a text"
     _, facts["text_sha256"] = external.read_text(text)
     check = external.perplexity_check(model, reference, facts, text)
-    assert check.figure < 100 and check.detail.endswith("2 windows of 64")
+    assert check.value < 100 and check.detail.endswith("2 windows of 64")
 
 
 @pytest.mark.slow
 def test_all_tensors_are_as_gguf_reads_them(smollm2):
     check = next(external.external_checks(None, smollm2, None))
-    assert (check.figure, check.detail) == (0, "all dequantised by the gguf library")
+    assert (check.value, check.detail) == (0, "all dequantised by the gguf library")

@@ -40,17 +40,22 @@ def test_positions_over_the_heads_know_no_order(reference):
     model = copy_reference(reference)
     order = torch.randperm(IDS.shape[1])
     opened = mutations.MUTATIONS["no causal mask"](model)
-    with torch.no_grad(), opened, mutations.MUTATIONS["positions over the heads"](model):
+    with torch.no_grad(), opened, mutations.MUTATIONS["positions over heads"](model):
         shuffled = model(IDS[:, order])
         torch.testing.assert_close(shuffled, model(IDS)[:, order], rtol=0, atol=1e-5)
 
 
 @pytest.fixture
 def short(config, tmp_path):
-    settings = config.breaking.model_copy(
-        update={"steps": 3, "tokens": 40, "record": tmp_path / "record.json", "other_rates": (0.1,)}
+    settings = config.mutations.model_copy(
+        update={
+            "steps": 3,
+            "tokens": 40,
+            "record": tmp_path / "record.json",
+            "other_learning_rates": (0.1,),
+        }
     )
-    return config.model_copy(update={"breaking": settings})
+    return config.model_copy(update={"mutations": settings})
 
 
 def test_the_study_is_saved_and_read_again(short, reference, capsys):
@@ -65,8 +70,8 @@ def test_the_study_is_saved_and_read_again(short, reference, capsys):
     baseline = curves[0]
     assert baseline.name == mutations.BASELINE and baseline.losses[-1] < baseline.losses[0]
 
-    settings = short.breaking.model_copy(update={"steps": 0})
-    read = mutations.study(model, reference, short.model_copy(update={"breaking": settings}))[1]
+    settings = short.mutations.model_copy(update={"steps": 0})
+    read = mutations.study(model, reference, short.model_copy(update={"mutations": settings}))[1]
     assert [(curve.name, curve.rate, curve.after) for curve in read] == [
         (curve.name, curve.rate, curve.after) for curve in curves
     ]
@@ -82,7 +87,7 @@ def test_the_study_is_saved_and_read_again(short, reference, capsys):
 
 
 def test_a_record_of_other_weights_or_text_is_not_read(short):
-    file, origin = short.breaking.record, {"weights_sha256": "a", "text_sha256": "b"}
+    file, origin = short.mutations.curves_file, {"weights_sha256": "a", "text_sha256": "b"}
     curve = mutations.Curve("x", 1e-4, [1.0], 1.0)
     mutations.save_curves([curve], file, origin)
     assert mutations.load_curves(file, origin) == [curve]
@@ -92,7 +97,7 @@ def test_a_record_of_other_weights_or_text_is_not_read(short):
 
 
 def test_the_committed_record_can_be_read():
-    file = ROOT / "docs" / "breaking.json"
+    file = ROOT / "docs" / "mutations.json"
     record = json.loads(file.read_text("utf-8"))
     origin = {key: record[key] for key in ("weights_sha256", "text_sha256", "batch")}
     curves = mutations.load_curves(file, origin)

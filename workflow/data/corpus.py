@@ -42,7 +42,7 @@ class Corpus:
         )
 
     @property
-    def stamp(self) -> dict[str, str | int]:
+    def fingerprint(self) -> dict[str, str | int]:
         """What a checkpoint records and a resume compares."""
         return {
             "text_sha256": self.text_sha256,
@@ -52,7 +52,7 @@ class Corpus:
         }
 
     @property
-    def origin(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, str]:
         """What a checkpoint records for its reader; a resume compares the text by its hash."""
         return {"text": self.name, "text_revision": self.revision or "a local file"}
 

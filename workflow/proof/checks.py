@@ -20,7 +20,7 @@ from SmolLm3 import KVCache, LlamaModel, ModelConfig, hf_state_dict, load_hf_wei
 from workflow.analysis import states
 from workflow.analysis.states import max_difference
 from workflow.config import ProofSettings
-from workflow.proof.bounds import Check, failed, worst
+from workflow.proof.bounds import Check, largest, summary
 from workflow.proof.external import external_checks, unequal_tensors
 from workflow.proof.prompts import LONG_PROMPT, PROMPTS
 from workflow.reference import Reference, architecture_rows, export
@@ -46,11 +46,11 @@ def verify(
 ) -> list[Check]:
     """Runs all checks and prints each when done; text: for the tokenizer and the long texts."""
     checks, start = [], time.perf_counter()
-    print(f"{'check':<35}{'figure':>9}  {'bound':<10}verdict")
+    print(f"{'check':<38}{'value':>9}  {'bound':<10}verdict")
     for check in run_checks(model, reference, settings, text):
         checks.append(check)
         print(check)
-    print(f"{len(checks)} checks in {time.perf_counter() - start:.0f} s; failing: {failed(checks)}")
+    print(f"{summary(checks)}, in {time.perf_counter() - start:.0f} s")
     return checks
 
 
@@ -69,7 +69,7 @@ def run_checks(
         yield tokenizer_check(reference, text, all_ids)
         theirs = states.hidden_states(reference.model, ids)
         yield from computed(model, theirs, ids)
-        yield eager_check("logits, to eager", model, reference, ids, theirs["logits"])
+        yield eager_check("logits match eager attention", model, reference, ids, theirs["logits"])
     yield gradient_check(model, reference, ids)
     with torch.no_grad():
         yield from generated(model, reference, settings.new_tokens)
@@ -84,26 +84,26 @@ def run_checks(
 def copied(model: LlamaModel, reference: Reference) -> Iterator[Check]:
     """Config and weights."""
     source = ModelConfig.from_hf(reference.model.config)
-    rows = architecture_rows(reference.member.architecture, source)
+    rows = architecture_rows(reference.entry.architecture, source)
     rows += [row for row in architecture_rows(model.config, source) if not row[-1]]
     unequal = [f"{key} {mine} is not {theirs}" for key, mine, theirs, same in rows if not same]
     detail = ", ".join(unequal or [f"{key} {mine} = {theirs}" for key, mine, theirs, _ in rows])
-    yield Check("config keys that differ", len(unequal), f"YAML and source: {detail}")
+    yield Check("config matches the source", len(unequal), f"YAML and source: {detail}")
     ours, theirs = hf_state_dict(model), reference.state_dict
     odd = dict.fromkeys(sorted(ours.keys() ^ theirs.keys()), math.inf)
     detail = ", ".join(list(odd)[:3]) or f"{len(ours)} tensors"
-    yield Check("tensors missing or extra", len(odd), detail, odd)
+    yield Check("tensor names match", len(odd), detail, odd)
     counted = sum(map(torch.numel, ours.values()))
     missing = reference.model.num_parameters() - counted
-    yield Check("parameters missing", missing, f"{counted} parameters")
+    yield Check("parameter counts match", missing, f"{counted} parameters")
     unequal = [name for name in unequal_tensors(ours, theirs) if name not in odd]
-    yield Check("tensors that differ", len(unequal), ", ".join(unequal[:3]))
+    yield Check("tensor values match", len(unequal), ", ".join(unequal[:3]))
 
 
 def tokenizer_check(reference: Reference, text: str, ids: Sequence[int]) -> Check:
     back = reference.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     lost = sum(a != b for a, b in zip(text, back)) + abs(len(text) - len(back))
-    return Check("characters lost by the tokenizer", lost, f"of {len(text)}, encoded and decoded")
+    return Check("text survives encode and decode", lost, f"of {len(text)}, encoded and decoded")
 
 
 def computed(model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor) -> Iterator[Check]:
@@ -111,14 +111,14 @@ def computed(model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor) -> Itera
     ours, difference = states.hidden_states(model, ids), states.relative_difference_by_position
     logits = ours.pop("logits")
     parts = {name: difference(state, theirs[name]) for name, state in ours.items()}
-    yield Check("embeddings", parts.pop("embed_tokens"), f"{ids.shape[1]} tokens")
+    yield Check("embeddings match", parts.pop("embed_tokens"), f"{ids.shape[1]} tokens")
     norm = parts.pop("norm")
-    yield worst("hidden state after each layer", parts)
-    yield Check("final norm", norm)
+    yield largest("hidden states match, layer by layer", parts)
+    yield Check("final norm matches", norm)
     detail = f"{ids.shape[1]} tokens; transformers with SDPA attention"
-    yield Check("logits", max_difference(logits, theirs["logits"]), detail)
+    yield Check("logits match", max_difference(logits, theirs["logits"]), detail)
     mine, other = training_loss(model, ids).item(), theirs["loss"].item()
-    yield Check("loss", abs(mine - other), f"{mine:.6f} and {other:.6f} nats per token")
+    yield Check("loss matches", abs(mine - other), f"{mine:.6f} and {other:.6f} nats per token")
 
 
 def training_loss(model: LlamaModel, ids: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def gradient_check(model: LlamaModel, reference: Reference, ids: Tensor) -> Chec
     theirs = states.gradients(reference.model, reference.model(ids, labels=ids).loss)
     reference.model.requires_grad_(False)
     parts = {name: states.relative_difference(ours[name], theirs[name]) for name in theirs}
-    return worst("gradient of each parameter", parts)
+    return largest("gradients match", parts)
 
 
 def encode(reference: Reference, text: str) -> Tensor:
@@ -191,8 +191,8 @@ def generated(model: LlamaModel, reference: Reference, new_tokens: int) -> Itera
                 first = f"first: {kind}, token {place + 1}, where transformers' best two are "
                 first += f"{best[0] - best[1]:.2e} apart"
     total = f"{len(PROMPTS)} prompts of {new_tokens} new tokens each, generated on both sides"
-    yield Check("greedy tokens that differ", differing, first or total)
-    yield worst("logits over prompt and greedy text", parts)
+    yield Check("greedy tokens match", differing, first or total)
+    yield largest("logits match on generated text", parts)
 
 
 def cache_check(model: LlamaModel, ids: Tensor) -> Check:
@@ -202,7 +202,7 @@ def cache_check(model: LlamaModel, ids: Tensor) -> Check:
         f"token {place}": max_difference(model(ids[:, [place]], cache=cache)[:, 0], whole)
         for place, whole in enumerate(model(ids).unbind(dim=1))
     }
-    return worst("cache against no cache", parts)
+    return largest("cache matches no cache", parts)
 
 
 def padding_check(model: LlamaModel, reference: Reference) -> Check:
@@ -214,7 +214,7 @@ def padding_check(model: LlamaModel, reference: Reference) -> Check:
         kind: max_difference(model.lm_head(row[None, -prompt.shape[1] :]), model(prompt))
         for row, (kind, prompt) in zip(together, prompts.items(), strict=True)
     }
-    return worst("padded batch against each alone", parts)
+    return largest("padded batch matches single prompts", parts)
 
 
 def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
@@ -226,8 +226,8 @@ def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[C
         back = AutoModelForCausalLM.from_pretrained(f"{folder}/exported", local_files_only=True)
     changed = unequal_tensors(hf_state_dict(model), dict(back.named_parameters()))
     detail = ", ".join(changed[:3]) or "a Hugging Face folder, read by transformers"
-    yield Check("tensors changed by export", len(changed), detail)
-    yield Check("logits changed by export", max_difference(back.eval()(ids).logits, model(ids)))
+    yield Check("export keeps every tensor", len(changed), detail)
+    yield Check("export keeps the logits", max_difference(back.eval()(ids).logits, model(ids)))
 
 
 def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
@@ -239,12 +239,14 @@ def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator
     part = ids[:, :2048]
     sdpa = states.logits(reference.model, part)
     detail = f"{part.shape[1]} tokens; transformers with SDPA attention"
-    yield Check("logits, 2048 tokens", max_difference(states.logits(model, part), sdpa), detail)
-    yield eager_check("logits, 2048 tokens, to eager", model, reference, part, sdpa)
+    yield Check(
+        "logits match, 2048 tokens", max_difference(states.logits(model, part), sdpa), detail
+    )
+    yield eager_check("logits match eager, 2048 tokens", model, reference, part, sdpa)
     del sdpa  # 0.4 GB
     sides = (states.logits_in_chunks(side, ids) for side in (model, reference.model))
     difference = max(max_difference(*pair) for pair in zip(*sides, strict=True))
-    yield Check("logits, 8192 tokens", difference, f"{context} tokens")
+    yield Check("logits match, 8192 tokens", difference, f"{context} tokens")
     unit = 1 if sys.platform == "darwin" else 1024  # bytes of `ru_maxrss`
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     yield Check("peak memory, GB", peak, "of this process so far, with both models in it")
@@ -261,8 +263,8 @@ def bf16_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterato
         # the mean over tokens of the difference: the difference of the means is mostly noise
         losses = token_losses(logits[0, :-1]), token_losses(exact[0, :-1])
         differences.append(F.l1_loss(*losses).item())
-    yield ratio_check("bf16, divergence", *divergences, "nats per token")
-    yield ratio_check("bf16, loss of each token", *differences, "nats per token")
+    yield ratio_check("bf16 logits as close as transformers'", *divergences, "nats per token")
+    yield ratio_check("bf16 losses as close as transformers'", *differences, "nats per token")
 
 
 @torch.no_grad()

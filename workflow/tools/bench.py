@@ -74,7 +74,7 @@ def training(case: Case, reference: Reference, config: Config) -> Callable:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
             loss = trained(input_ids=inputs, labels=inputs, shift_labels=targets).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()
 
     return step
@@ -123,7 +123,9 @@ def serve(pipe: Connection, case: Case, config: Config) -> None:
     At the end it sends the most memory that it has had, in GB: on its GPU, or in all.
     """
     sys.stdout = open(os.devnull, "w")
-    reference = load_reference(config.reference.source, config.member, cache=config.paths.cache)
+    reference = load_reference(
+        config.reference.source, config.model_entry, cache=config.paths.cache
+    )
     reference.model.to(config.device)
     call = WORKS[case.work](case, reference, config)
     wait = torch.cuda.synchronize if config.device.type == "cuda" else lambda: None

@@ -18,11 +18,12 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from workflow.config.settings import RENAMED_KEYS
 from workflow.errors import CheckpointError, DamagedError, ForeignError, NonFiniteError
 from workflow.files import atomic_write, sha256_of
 
 FORMAT = "smollm-workflow checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3  # 2, which is also read, has other names of settings
 # What a checkpoint must hold to be resumed.
 CONTENTS = {
     "format": str,
@@ -100,7 +101,7 @@ def _load(path: Path) -> dict[str, Any]:
     state = read(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise foreign_error(path, state)
-    if state.get("format_version") != FORMAT_VERSION:
+    if state.get("format_version") not in (2, FORMAT_VERSION):
         what = f"its format is version {state.get('format_version')}, this code's {FORMAT_VERSION}"
         raise CheckpointError(path, what, "use the release that wrote it")
     missing = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
@@ -111,6 +112,9 @@ def _load(path: Path) -> dict[str, Any]:
         raise DamagedError(path, "its contents do not match its digest", "choose another")
     if names := not_finite(state):
         raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
+    settings = state["config"].get("train", {})
+    for old in settings.keys() & RENAMED_KEYS:
+        settings[RENAMED_KEYS[old]] = settings.pop(old)
     return state
 
 

@@ -90,7 +90,7 @@ class MetricsLogger(InMemoryLogger):
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_text_atomic(file, lines, SETTING)
             text = json.dumps(provenance, indent=1) + "\n"
-            write_text_atomic(folder / "made_of.json", text, SETTING)
+            write_text_atomic(folder / "provenance.json", text, SETTING)
             self._file = open(file, "ab", buffering=0)  # a kill loses no row
             self._board = summary_writer(folder, step)
             if not step:
@@ -198,7 +198,7 @@ def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) 
     """What is printed for a step, if anything; after a resume, counted from the checkpoint."""
     step, loss = row["step"], row["loss"]
     if not resumed_at:
-        shown = step % settings.print_every == 0
+        shown = step % settings.log_every == 0
         return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
     count = step - resumed_at
     shown = count % max(settings.resume_steps // 5, 1) == 0

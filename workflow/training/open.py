@@ -117,7 +117,7 @@ def initial_model(config: Config, reference) -> LlamaModel:
     """The model as a run has it at step 0; no random state changes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        model = LlamaModel(config.trained)
+        model = LlamaModel(config.train_architecture)
     if config.train.init == "reference":
         load_hf_weights(model, reference.state_dict)
     return model.eval()

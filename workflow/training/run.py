@@ -32,7 +32,7 @@ from workflow.training.signals import deferred_signals
 from workflow.training.step import evaluating
 from workflow.training.trainer import Trainer
 
-UNINTERRUPTED = "never_stopped.json"  # the trace of `continue_uninterrupted`, next to the log
+UNINTERRUPTED = "uninterrupted.json"  # the trace of `continue_uninterrupted`, next to the log
 GPU_STEPS_AHEAD = 10  # steps that are launched before the numbers of the first are waited for
 
 
@@ -57,7 +57,7 @@ class Run:
         self.directory, self.resumed_at = directory, resumed_at
         self.name = directory.folder.name
         self.folder = self.config.paths.runs / self.name  # of its log
-        self.provenance = provenance | self.corpus.origin
+        self.provenance = provenance | self.corpus.provenance
         print(self.corpus)
         directory.check_free_space(self.config, sum(p.nbytes for p in trainer.model.parameters()))
         if loaded:
@@ -154,7 +154,7 @@ class Run:
 
     def save_and_close(self) -> None:
         """Saves, unless an error left the state unusable, and closes."""
-        if not self.trainer.broken:
+        if not self.trainer.unusable:
             self.save()
         self.close()
 
@@ -173,7 +173,7 @@ class Run:
             "end_of_text": corpus.end_of_text,
         }
         config = self.config.settings_of_run()
-        return {"config": config, "data": corpus.stamp, "tokenizer": tokenizer}
+        return {"config": config, "data": corpus.fingerprint, "tokenizer": tokenizer}
 
     def _load(self, path: Path, state: dict[str, Any], allowed: Collection[str]) -> None:
         self.trainer.load_state_dict(state, path, self._fixed(), allowed)
@@ -182,7 +182,7 @@ class Run:
             print(f"Note: saved on {before}, now on {here}: no longer bit-exact")
 
     def _open_logger(self) -> MetricsLogger:
-        provenance = self.provenance | self.corpus.stamp
+        provenance = self.provenance | self.corpus.fingerprint
         settings = self.config.settings_of_run()
         logger = MetricsLogger(self.folder, self.global_step, provenance, settings)
         if not self.global_step:
@@ -192,7 +192,7 @@ class Run:
     def _flush_metrics(self) -> None:
         """Logs and shows the steps that were launched, if there are any."""
         if self.trainer.update.launched:
-            with self.trainer.all_or_broken():  # a log that lacks rows goes with no state
+            with self.trainer.step_in_flight():  # a log that lacks rows goes with no state
                 for row in self.trainer.metrics():
                     self.logger.log(row)
                     self.progress.show(row)

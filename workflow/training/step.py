@@ -110,7 +110,7 @@ class TrainStep:
         self._found_inf = torch.zeros((), device=device)
         self.launched: list[tuple[dict[str, Any], Tensor]] = []  # rows, and their numbers
         self._start_time = 0.0
-        if settings.recompute:
+        if settings.activation_checkpointing:
             for layer in model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -126,7 +126,7 @@ class TrainStep:
         named = list(self.loss.model.named_parameters())
         missing = [name for name, parameter in named if parameter.grad is None]
         assert not missing, f"no gradient reaches {', '.join(missing)}"
-        norm = nn.utils.clip_grad_norm_([p for _, p in named], self.settings.clip_norm)
+        norm = nn.utils.clip_grad_norm_([p for _, p in named], self.settings.max_grad_norm)
         self._found_inf = torch.where(torch.isfinite(loss + norm), self._found_inf, 1.0)
         self.optimizer.found_inf = self._found_inf  # fused AdamW then leaves everything unchanged
         self.optimizer.step()

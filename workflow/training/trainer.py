@@ -34,17 +34,17 @@ class Trainer:
         self.config, self.corpus, self.device = config, corpus, config.device
         hardware.prepare(self.device)
         seed_random_states(config.run.seed)
-        self.model = LlamaModel(config.trained).to(self.device)
+        self.model = LlamaModel(config.train_architecture).to(self.device)
         self.update = TrainStep(self.model, config.train, self.device)
         self.optimizer = self.update.optimizer
         self.global_step = 0
         self.losses: dict[int, float] = {}
-        self.broken = False
+        self.unusable = False
 
     def train_step(self) -> None:
         """Launches one step; `metrics` waits for its numbers."""
         inputs, targets = self.batch(self.global_step)
-        with self.all_or_broken(), distributed.translate_errors():
+        with self.step_in_flight(), distributed.translate_errors():
             self.update(self.global_step, inputs, targets)
             self.global_step += 1
 
@@ -117,15 +117,15 @@ class Trainer:
         self.optimizer.state.clear()
 
     @contextmanager
-    def all_or_broken(self) -> Iterator[None]:
+    def step_in_flight(self) -> Iterator[None]:
         """An error inside, or a second Ctrl-C, leaves a state that is not used any more."""
         self.check_usable()
-        self.broken = True
+        self.unusable = True
         yield
-        self.broken = False
+        self.unusable = False
 
     def check_usable(self) -> None:
         """Raises CheckpointError if the state is that of an unfinished step."""
-        if self.broken:
+        if self.unusable:
             what = "it was stopped in the middle of a step"
             raise CheckpointError("this run", what, "open it again: open_run(…)")

@@ -66,11 +66,13 @@ def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
 
     Its checkpoints, 1.6 GB each for the 135M, are deleted if the resume was exact.
     """
-    config = config.for_rehearsal()
+    config = config.for_smoke_test()
     corpus.check_length(config.train.sequence_length)
     stop, end = config.train.steps, config.last_step
     name = run_name(config, reference, corpus)
-    uninterrupted, logged = (config.paths.runs / name / f for f in (UNINTERRUPTED, "recorded.json"))
+    uninterrupted, logged = (
+        config.paths.runs / name / f for f in (UNINTERRUPTED, "smoke_test.json")
+    )
     if logged.is_file():
         print(f"Smoke test {name}: read from its log")
     else:
