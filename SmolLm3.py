@@ -1,7 +1,7 @@
 """SmolLM2-135M in plain PyTorch: the model, its weights by name, and generation.
 
-Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. What surrounds
-the model lives in `workflow/`. Needs torch and the standard library only.
+Reads top down: config, model, layer, attention, MLP, norm, rotation, cache, weights. Everything
+around the model is in `workflow/`. Needs only torch and the standard library.
 
 Shapes, everywhere in this file:
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 # --- config ---------------------------------------------------------------------------------------
 
-# Fields of a Hugging Face config that `LlamaModel` fixes: any other value means another model.
+# Fields of a Hugging Face config for which `LlamaModel` has one value: others mean another model.
 ALLOWED_HF_VALUES = {
     "model_type": ("llama", "smollm3"),
     "hidden_act": ("silu",),
@@ -39,7 +39,7 @@ ALLOWED_HF_VALUES = {
     "sliding_window": (None,),
     "use_sliding_window": (False,),
 }
-# What `rope_scaling` consists of, in Hugging Face's rope_type "llama3".
+# The keys of `rope_scaling`, for Hugging Face's rope_type "llama3".
 SCALING = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 
 
@@ -47,7 +47,7 @@ SCALING = ["factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 class ModelConfig:
     """The architecture, under Hugging Face's field names.
 
-    Raises ValueError, with both numbers, when they do not fit.
+    Raises ValueError if two fields do not fit together; the message gives both.
     """
 
     vocab_size: int
@@ -60,7 +60,7 @@ class ModelConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    initializer_range: float = 0.02  # std of new weights; of no account once some are loaded
+    initializer_range: float = 0.02  # std of new weights; unused once weights are loaded
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     rope_scaling: dict[str, int | float] | None = None  # Llama 3.1 and later: SCALING
     no_rope_layers: tuple[int, ...] | None = None  # SmolLM3: a layer with 0 does not rotate
@@ -69,9 +69,9 @@ class ModelConfig:
         scaling, layers = self.rope_scaling or {}, tuple(self.no_rope_layers or ())
         object.__setattr__(self, "no_rope_layers", layers or None)
         if scaling and set(scaling) != set(SCALING):
-            raise ValueError(f"rope_scaling must have {', '.join(SCALING)}, and no more")
+            raise ValueError(f"rope_scaling must have exactly {', '.join(SCALING)}")
         if layers and len(layers) != self.num_hidden_layers:
-            raise ValueError(f"no_rope_layers is not of {self.num_hidden_layers} layers: {layers}")
+            raise ValueError(f"no_rope_layers needs {self.num_hidden_layers} entries: {layers}")
         for name, value in {**vars(self), **scaling}.items():
             if type(value) in (int, float) and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, it must be positive and finite")
@@ -87,26 +87,26 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf_config) -> ModelConfig:
-        """From a `transformers` config or a dict of all its fields, in its old style or the new.
+        """From a `transformers` config, or a dict of its fields, of version 4 or 5.
 
-        Raises ValueError, naming the field, where the config asks for something that `LlamaModel`
-        does not compute.
+        Raises ValueError, naming the field, if the config needs something that `LlamaModel` does
+        not compute.
         """
         source = dict(hf_config) if isinstance(hf_config, Mapping) else hf_config.to_dict()
-        # transformers 5 has all of the rotation in `rope_parameters`, a config.json before it has
-        # `rope_theta` beside `rope_scaling`, whose kind the oldest ones call `type`
+        # transformers 5 has everything in `rope_parameters`; before, `rope_theta` was next to
+        # `rope_scaling`, and the oldest files say `type` instead of `rope_type`
         rope = source.pop("rope_parameters", None) or source.pop("rope_scaling", None) or {}
         source |= {"rope_scaling": None, "rope_type": rope.get("type", "default")} | rope
         for name, allowed in ALLOWED_HF_VALUES.items():
             if source.get(name, allowed[0]) not in allowed:
                 only = " or ".join(map(repr, allowed))
-                raise ValueError(f"{name} is {source[name]!r}: LlamaModel has only {only}")
+                raise ValueError(f"{name} is {source[name]!r}: LlamaModel supports only {only}")
         if set(source.get("layer_types") or ()) - {"full_attention"}:
-            raise ValueError("layer_types has other than 'full_attention', which LlamaModel lacks")
+            raise ValueError("layer_types: LlamaModel supports only 'full_attention'")
         if source["rope_type"] == "llama3":
             source["rope_scaling"] = {name: rope[name] for name in SCALING if name in rope}
         if source.get("model_type") != "smollm3":
-            source["no_rope_layers"] = None  # of a Llama, transformers ignores it
+            source["no_rope_layers"] = None  # transformers ignores it in a Llama
         elif not source.get("no_rope_layers"):
             raise ValueError("the config lacks no_rope_layers")
         names = [field.name for field in fields(cls) if source.get(field.name) is not None]
@@ -122,7 +122,7 @@ class ModelConfig:
 class LlamaModel(nn.Module):
     """Token ids to logits.
 
-    New weights are normal with `initializer_range`; released ones come by `load_hf_weights`.
+    New weights are normal with std `initializer_range`; `load_hf_weights` loads released ones.
     """
 
     def __init__(self, config: ModelConfig):
@@ -140,7 +140,7 @@ class LlamaModel(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         for parameter in self.parameters():
-            if parameter.ndim == 2:  # all but the norms' scales, which start at one
+            if parameter.ndim == 2:  # not the norms: their weights start at 1
                 nn.init.normal_(parameter, std=config.initializer_range)
 
     def forward(
@@ -153,10 +153,10 @@ class LlamaModel(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V), in the weights' dtype, for the token after each of `input_ids` (B, T).
 
-        positions: (T,) or (B, T) integers, the place of each token in its text; by default they
-            count on from the cache, or, with a mask, count each row's real tokens.
-        mask: (B, S) booleans, False where a token is padding and must not be seen.
-        cache: keys and values of the tokens before; it takes up those of `input_ids`.
+        positions: (T,) or (B, T) integers, each token's position in its text. By default they
+            continue after the cache; with a mask, padding is not counted.
+        mask: (B, S) booleans, False for padding.
+        cache: keys and values of earlier tokens; those of `input_ids` are appended.
         """
         return self.lm_head(self.hidden(input_ids, positions=positions, mask=mask, cache=cache))
 
@@ -168,7 +168,7 @@ class LlamaModel(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The normed states (B, T, C) that the head is applied to. Arguments as for `forward`."""
+        """The states (B, T, C) after the final norm, before the head. Arguments as in `forward`."""
         T = input_ids.shape[1]
         start = cache.length if cache is not None else 0
         if positions is None and mask is not None:
@@ -176,11 +176,11 @@ class LlamaModel(nn.Module):
         elif positions is None:
             positions = torch.arange(start, start + T, device=input_ids.device)
         rotation = self.rotary(positions)
-        seen = visible_positions(mask, start, T, input_ids.device)
+        visible = visible_positions(mask, start, T, input_ids.device)
 
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, rotation, seen, cache)
+            x = layer(x, rotation, visible, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -189,9 +189,9 @@ class LlamaModel(nn.Module):
     def generate(
         self, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0, **options
     ) -> Tensor:
-        """The prompt (B, T) with its continuation, (B, T + n). Arguments as for `stream`.
+        """The prompt (B, T) and its continuation, (B, T + n). Arguments as in `stream`.
 
-        n is `max_new_tokens`, or less when every row has met a stop token.
+        n is `max_new_tokens`, or less if every row has reached a stop token.
         """
         new = list(self.stream(input_ids, max_new_tokens, temperature, **options))
         return torch.cat([input_ids, torch.stack(new, dim=1)], dim=1) if new else input_ids
@@ -213,13 +213,13 @@ class LlamaModel(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields the continuation of `input_ids` (B, T) token by token, each (B,).
 
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits /
-            temperature), less what top_k, top_p and min_p leave out: see `token_probabilities`.
-        mask: (B, T) booleans, False for padding, which must stand on the left; without a cache.
-        cache: keys and values of the tokens before, with room for T + max_new_tokens more.
-        generator: the random state that is drawn from; by default torch's global one.
-        stop_ids: a row that has met one of them repeats it; when all rows have, the stream ends.
-        Raises ValueError, naming it, for a prompt, a mask or a number that does not fit.
+        temperature: 0 always takes the most likely token; above 0, tokens are sampled: see
+            `token_probabilities` for this and for top_k, top_p and min_p.
+        mask: (B, T) booleans, False for padding, which must be on the left; not with a cache.
+        cache: keys and values of earlier tokens, with room for T + max_new_tokens more.
+        generator: for sampling; by default torch's global one.
+        stop_ids: a row that has reached one repeats it; once all rows have, the stream ends.
+        Raises ValueError for a prompt, a mask or a number that does not fit, and names it.
         """
         B, T = input_ids.shape
         self._check_prompt(input_ids, max_new_tokens, mask)
@@ -232,8 +232,8 @@ class LlamaModel(nn.Module):
             if temperature == 0:
                 chosen = logits.argmax(dim=-1)
             else:
-                shares = token_probabilities(logits, temperature, top_k, top_p, min_p)
-                chosen = torch.multinomial(shares, 1, generator=generator).squeeze(-1)
+                p = token_probabilities(logits, temperature, top_k, top_p, min_p)
+                chosen = torch.multinomial(p, 1, generator=generator).squeeze(-1)
             token = chosen if token is None else torch.where(done, token, chosen)
             yield token
             done |= torch.isin(token, stops)
@@ -249,14 +249,15 @@ class LlamaModel(nn.Module):
             raise ValueError("the prompt is empty, give at least one token")
         low, high, last = input_ids.min(), input_ids.max(), self.config.vocab_size - 1
         if low < 0 or high > last:
-            raise ValueError(f"token ids run from {low} to {high}, the vocabulary from 0 to {last}")
+            raise ValueError(f"token ids go from {low} to {high}, the vocabulary from 0 to {last}")
         if not 0 <= max_new_tokens <= context - T:
             sizes = f"the context is {context}, the prompt {T}"
             raise ValueError(f"{max_new_tokens} new tokens do not fit: {sizes}")
         if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(f"mask {tuple(mask.shape)} is not of prompt {tuple(input_ids.shape)}")
+            shapes = f"mask {tuple(mask.shape)} does not fit prompt {tuple(input_ids.shape)}"
+            raise ValueError(shapes)
         if mask is not None and not (mask[:, -1].all() and (mask[:, :-1] <= mask[:, 1:]).all()):
-            raise ValueError("the mask hides a later token: padding must stand on the left")
+            raise ValueError("the mask hides a later token: padding must be on the left")
 
 
 def visible_positions(
@@ -264,8 +265,8 @@ def visible_positions(
 ) -> Tensor | None:
     """Which of S = start + T positions each new one sees: booleans, (T, S) or (B, 1, T, S).
 
-    None where attention's own causal rule says it all. A padding position sees itself, since a
-    softmax over nothing is not a number.
+    None if the causal mask alone is enough. A padding position sees itself, because a softmax over
+    nothing is NaN.
     """
     if mask is None and (start == 0 or T == 1):
         return None
@@ -278,7 +279,7 @@ def visible_positions(
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float, min_p: float) -> None:
-    """Raises ValueError, naming the number that is out of its range."""
+    """Raises ValueError for a number out of its range, and names it."""
     for name, value, fits, range_ in (
         ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
@@ -296,11 +297,11 @@ def token_probabilities(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """What is drawn from: probabilities (B, V), float32, of the next token from logits (B, V).
+    """Probabilities (B, V), float32, of the next token: softmax(logits / temperature), filtered.
 
-    top_k: only the likeliest so many tokens stay, and those that tie with the last of them.
-    top_p: then only the likeliest ones that together reach this share (arXiv:1904.09751).
-    min_p: then only those with at least this share of the likeliest one's (arXiv:2407.01082).
+    logits: (B, V). top_k: keep the k most likely tokens, and ties with the last of them.
+    top_p: then keep the most likely ones that together reach this sum (arXiv:1904.09751).
+    min_p: then keep those at least this many times as likely as the best (arXiv:2407.01082).
     """
     logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # no overflow
     if top_k is not None:
@@ -308,19 +309,19 @@ def token_probabilities(
         logits = logits.masked_fill(logits < last, -math.inf)
     if top_p < 1:
         ascending, order = logits.sort()
-        out = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        out[:, -1] = False  # the likeliest token always stays
-        logits = logits.masked_fill(out.scatter(-1, order, out), -math.inf)
-    shares = logits.softmax(dim=-1)
-    kept = shares >= min_p * shares.amax(dim=-1, keepdim=True)
-    return F.normalize(shares * kept, p=1, dim=-1)
+        drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        drop[:, -1] = False  # the most likely token always stays
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -math.inf)
+    probabilities = logits.softmax(dim=-1)
+    keep = probabilities >= min_p * probabilities.amax(dim=-1, keepdim=True)
+    return F.normalize(probabilities * keep, p=1, dim=-1)
 
 
 # --- layer, attention, MLP, norm ------------------------------------------------------------------
 
 
 class LlamaDecoderLayer(nn.Module):
-    """Attention, then MLP; each reads a normed copy of the residual stream and adds to it."""
+    """Attention, then MLP: each reads the normed residual stream and adds its output to it."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
@@ -330,47 +331,47 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, seen, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaAttention(nn.Module):
-    """Causal grouped-query attention: a key/value head serves H / K neighbouring query heads."""
+    """Causal grouped-query attention: H / K neighbouring query heads share a key/value head."""
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.index, self.head_dim = index, D
-        self.rotates = config.no_rope_layers is None or bool(config.no_rope_layers[index])
+        self.uses_rope = config.no_rope_layers is None or bool(config.no_rope_layers[index])
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.rotates:
+        if self.uses_rope:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, K, S, D)
-        causal = seen is None and T > 1
+        causal = mask is None and T > 1  # otherwise `mask` says which of S each of T sees
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=causal, enable_gqa=True
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class LlamaMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202): a gate, opened by SiLU, on a wider linear layer."""
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202): down(SiLU(gate(x)) × up(x))."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -383,10 +384,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaRMSNorm(nn.Module):
-    """x / RMS(x), scaled by channel (Zhang and Sennrich 2019, arXiv:1910.07467).
-
-    The mean is taken in float32.
-    """
+    """x / RMS(x) × weight, RMS over the channels in float32 (arXiv:1910.07467)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -405,8 +403,8 @@ class LlamaRMSNorm(nn.Module):
 class RotaryPositionalEmbedding(nn.Module):
     """Angles of the rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
-    Pair i of D / 2 is turned by position × theta^(-2i/D). The angles are computed anew in float32
-    on each call, from no buffer, so that casting the model cannot round them.
+    Pair i of D / 2 turns by position × theta^(-2i/D). The angles are computed in float32 on each
+    call: a buffer would be rounded when the model is cast to bf16.
     """
 
     def __init__(self, head_dim: int, theta: float, scaling: dict | None = None):
@@ -416,25 +414,24 @@ class RotaryPositionalEmbedding(nn.Module):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32, each (1 or B, 1, T, D / 2), for positions (T,) or (B, T)."""
         pair = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
-        speed = 1.0 / self.theta**pair  # radians a position
+        frequency = 1.0 / self.theta**pair  # radians per position
         if self.scaling:
-            # pairs that turn less than `low` times in the original context are slowed down by
-            # `factor`, those that turn more than `high` times are left alone; between, a blend
+            # pairs with fewer than `low` turns in the original context become slower by `factor`;
+            # those with more than `high` turns stay as they are; in between, a linear blend
             factor, low, high, context = (self.scaling[name] for name in SCALING)
-            turns = context / (2 * math.pi / speed)
-            kept = ((turns - low) / (high - low)).clamp(0, 1)
-            speed = (1 - kept) * speed / factor + kept * speed
-        angle = positions.float()[..., None] * speed
+            turns = context / (2 * math.pi / frequency)
+            share = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - share) * frequency / factor + share * frequency
+        angle = positions.float()[..., None] * frequency
         angle = angle.view(-1, 1, *angle.shape[-2:])
         return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns x (B, H, T, D) by the angles, in the half-split layout of Hugging Face's weights.
+    """Rotates x (B, H, T, D) by the angles, in the half-split layout of Hugging Face's weights.
 
-    Pair i is made of channels i and i + D/2, not of neighbours 2i and 2i + 1 as in the paper: the
-    released q and k projections have their rows in this order, and any other pairing loads cleanly
-    and is wrong.
+    Pair i is channels i and i + D/2, not the neighbours 2i and 2i + 1 of the paper. The rows of the
+    released q and k projections are in this order; any other pairing loads cleanly and is wrong.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
@@ -444,7 +441,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Rotated keys, and values, of all layers: (layers, B, K, S, D) each, allocated once.
 
-    The first `length` of the S positions are filled; it moves once a forward.
+    The first `length` of the S positions are filled. `LlamaModel.hidden` moves it, once per call.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, *, like: Tensor):
@@ -454,7 +451,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v (B, K, T, D) of one layer; returns all (B, K, S, D) so far."""
+        """Stores k and v (B, K, T, D) of one layer; returns all so far, (B, K, S, D)."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -465,36 +462,36 @@ class KVCache:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of a parameter of `LlamaModel`: all but the head live under `model.`."""
+    """Hugging Face's name of a parameter of `LlamaModel`: all but the head start with `model.`."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def hf_state_dict(model: LlamaModel) -> dict[str, Tensor]:
-    """The weights, not copied, under Hugging Face's names; a tied head is not listed."""
+    """The weights under Hugging Face's names, not copied; without the head if it is tied."""
     return {hf_name(name): parameter.detach() for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
 def load_hf_weights(model: LlamaModel, state_dict: Mapping[str, Tensor]) -> None:
-    """Copies weights by name, into the model's own dtype and device. All or nothing.
+    """Copies weights by name, into the model's own dtype and device.
 
-    Raises ValueError, naming every tensor concerned, when one is missing, extra or of another
-    shape. A `lm_head.weight` beside a tied head is accepted only when it equals the embedding.
+    Raises ValueError if a tensor is missing, extra or of another shape; it names all of them, and
+    nothing is copied. If the head is tied, a `lm_head.weight` must equal the embedding.
     """
     ours, theirs = hf_state_dict(model), dict(state_dict)
-    faults = []
+    problems = []
     if model.config.tie_word_embeddings and "lm_head.weight" in theirs:
         head, embedding = theirs.pop("lm_head.weight"), theirs.get("model.embed_tokens.weight")
         if embedding is not None and not torch.equal(head, embedding):
-            faults.append("lm_head.weight is tied, but differs from model.embed_tokens.weight")
-    faults += [f"{name} is missing" for name in ours if name not in theirs]
-    faults += [f"{name} is extra" for name in theirs if name not in ours]
-    faults += [
+            problems.append("lm_head.weight is tied, but differs from model.embed_tokens.weight")
+    problems += [f"{name} is missing" for name in ours if name not in theirs]
+    problems += [f"{name} is extra" for name in theirs if name not in ours]
+    problems += [
         f"{name} has shape {tuple(theirs[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in ours.items()
         if name in theirs and theirs[name].shape != tensor.shape
     ]
-    if faults:
-        raise ValueError(f"weights do not fit the model: {'; '.join(faults)}")
+    if problems:
+        raise ValueError(f"weights do not fit the model: {'; '.join(problems)}")
     for name, tensor in ours.items():
         tensor.copy_(theirs[name])

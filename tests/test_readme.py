@@ -1,129 +1,120 @@
-"""README.md and CONTRIBUTING.md: commands are run or parsed; links, targets and rules are true."""
+"""README.md, docs/ and CONTRIBUTING.md: commands and code work; links, names and messages exist."""
 
-import contextlib
 import json
 import re
+import runpy
 import shlex
-import shutil
 
 import pytest
-from torch.distributed.run import get_args_parser
 
 import main
-from conftest import ROOT
-from workflow.config import load_config, parse_yaml
+from conftest import ROOT, SHORT
+from workflow.config import load_config
 
-README = (ROOT / "README.md").read_text("utf-8")
-BOTH = README + (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-LINES = re.findall(r"^ {4}(\S.*)$", README, re.MULTILINE)
-CODE = re.findall(r"^ {4,}(\S.*)$", BOTH, re.MULTILINE) + re.findall("`([^`]+)`", BOTH)
+FILES = ("README.md", "docs/how-to.md", "docs/results.md", "CONTRIBUTING.md")
+PYTHON = re.compile(r"^```python\n(.+?)^```$", re.MULTILINE | re.DOTALL)
+TEXTS = {file: (ROOT / file).read_text("utf-8") for file in FILES}
+PROGRAMS = PYTHON.findall("\n".join(TEXTS.values()))
+README, HOW_TO, *_ = PROSE = [PYTHON.sub("", text) for text in TEXTS.values()]
+ALL = "\n".join(PROSE)
+CODE = re.findall(r"^ {4,}(\S.*)$", ALL, re.MULTILINE) + re.findall("`([^`]+)`", ALL)
+LINES = list(dict.fromkeys(re.findall(r"^ {4}(\S.*)$", README + HOW_TO, re.MULTILINE)))
 MAIN = ".venv/bin/python main.py "
-LEFT_OUT = {  # lines of README.md that are not run here, and why; those of main.py are parsed
+NOT_RUN = {  # commands that are not run here, and why; those of main.py are parsed
     r"^make ": "the whole project, or set-up; that its target exists is tested",
     r"pip install ": "installs from the network; that the versions agree is tested",
     r"^(py |\.venv\\Scripts|!)": "what make does, on Windows and Colab",
     r"^\.venv/bin/lm-eval ": "another program, and its tasks come from the Hub",
     r"^\.venv/bin/torchrun ": "needs GPUs; test_distributed.py starts several processes",
-    r" main\.py (break|bench)": "takes minutes; test_main.py and test_bench.py have them in small",
-    r" --set (model=|data\.source=hub)": "needs the Hub; test_hub.py and test_sources.py play it",
+    r" main\.py (run|verify|mutate|bench)": "slow; tested in their own test files",
+    r" --set (model=|data\.source=hub)": "needs the Hub; test_hub.py imitates it",
 }
-SHORT = "train.steps=20 train.resume_steps=5 train.batch_size=4 train.validation_tokens=320"
-SETTINGS = [f"--set={setting}" for setting in (*SHORT.split(), "proof.new_tokens=4")]
-SHOWN = {  # what a command prints when it has done its work
-    "run": "Run folder: runs/ci-",
-    "verify": " checks passed",
+SHOWN = {  # what a command prints when it has succeeded
     "train": "=== Generation @ step 20 ===",
     "resume": "=== Generation @ step 25 ===",
     "generate": "Once upon a time,",
     "evaluate": "windows of 64 tokens",
     "export": "Wrote my-model: README.md config.json",
 }
-STAY = [line for line in LINES if any(re.search(pattern, line) for pattern in LEFT_OUT)]
-RUN = [line for line in LINES if line.startswith(MAIN) and line not in STAY]
+SKIPPED = [line for line in LINES if any(re.search(pattern, line) for pattern in NOT_RUN)]
+RUN = [line for line in LINES if line not in SKIPPED]
 
 
-def test_each_line_is_run_or_left_out_for_a_reason():
-    assert [line for line in LINES if line not in RUN + STAY] == []
-    assert [p for p in LEFT_OUT if not any(re.search(p, line) for line in STAY)] == []
+def test_each_command_is_run_or_skipped_for_a_reason():
+    assert [line for line in RUN if not line.startswith(MAIN)] == []
     assert {line.split()[2] for line in RUN} == set(SHOWN)
+    assert [p for p in NOT_RUN if not any(re.search(p, line) for line in SKIPPED)] == []
 
 
-def understood(words: list[str]) -> bool:
-    options = main.parser().parse_args(words)
-    config = load_config(ROOT / "SmolLm3_Config.yaml", options.profile, options.set)
-    return config.changes == tuple(options.set)
-
-
-@pytest.mark.parametrize("line", sorted({code for code in CODE if "main.py " in code}))
-def test_every_command_and_key_is_known(line, monkeypatch):
+def test_every_command_and_setting_is_accepted(monkeypatch):
     monkeypatch.delenv("SMOLLM_PROFILE", raising=False)
-    words = shlex.split(re.sub(" > .*", "", line.replace("=NAME", "=small").replace("RANK", "0")))
-    if "torchrun" in words[0]:
-        words = ["main.py", *get_args_parser().parse_args(words[1:]).training_script_args]
-    assert understood(words[words.index("main.py") + 1 :])
-
-
-def test_every_setting_in_the_text_is_known():
-    settings = set(re.findall(r"--set (\w+\.\S+=[^\s`]+)", BOTH)) - {"section.key=value"}
-    settings |= {word for words in re.findall('SMOLLM_SET="(.+?)"', BOTH) for word in words.split()}
-    assert len(settings) > 10
-    for setting in settings:
-        assert understood(["train", "--profile", "cpu", "--set", setting])
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The checkpoints of a short run of the ci profile, trained, stopped and resumed."""
-    folder = tmp_path_factory.mktemp("trained")
-    places = [f"--set=paths.{name}={folder / name}" for name in ("checkpoints", "runs", "cache")]
-    common = ["--profile", "ci", *SETTINGS, *places]
-    with contextlib.chdir(ROOT):
-        assert main.main(["train", *common]) == 0
-        (run,) = (folder / "checkpoints").iterdir()
-        assert main.main(["resume", str(run), *common]) == 0
-    return run
-
-
-def in_small(line: str, run: str) -> list[str]:
-    """A command of README.md on the tiny model of the ci profile, for a few steps."""
-    line = re.sub(r" --profile \S+| --gguf \S+", "", line.removeprefix(MAIN))  # it has no GGUF name
-    words = shlex.split(line.replace("RUN", run).replace("_5000", "_20").replace("_5050", "_25"))
-    windows = ["--window", "64", "--stride", "32", "--windows", "4"]  # its context is short
-    return [*words, *(windows if words[0] == "evaluate" else []), "--profile", "ci", *SETTINGS]
+    commands = {re.sub(" > .*", "", code).partition("main.py ")[2] for code in CODE} - {""}
+    settings = re.findall(r"--set (\w+\.\S+=[^\s`]+)", ALL)
+    settings += " ".join(re.findall('SMOLLM_SET="(.+?)"', ALL)).split()
+    commands |= {f"train --set {each}" for each in settings if each != "section.key=value"}
+    assert len(commands) > 40
+    parsed = [
+        main.parser().parse_args(shlex.split(command.replace("=NAME", "=small")))
+        for command in commands - {"COMMAND --help", "--help"}
+    ]
+    for profile, changes in {(options.profile, tuple(options.set)) for options in parsed}:
+        load_config(ROOT / "SmolLm3_Config.yaml", profile or "cpu", changes)
 
 
 @pytest.mark.parametrize("line", RUN)
-def test_the_command_works(line, trained, story, here):
+def test_the_command_works(line, trained, here, story):
     (story / "my.txt").write_text(README, "utf-8")
     (story / "my-folder").mkdir()
     rows = (json.dumps({"content": text}) + "\n" for text in README.splitlines())
     (story / "my-folder" / "rows.jsonl").write_text("".join(rows), "utf-8")
-    words = in_small(line, trained.name)
-    if "RUN" in line:  # a resume finds the run as it was before one
-        ignored = shutil.ignore_patterns("*_25.pt" if words[0] == "resume" else "")
-        shutil.copytree(trained, story / "checkpoints" / trained.name, ignore=ignored)
-    code, told, error = here(*words)
-    assert code == 0 and SHOWN[words[0]] in told, error
+    line = re.sub(r" --profile \S+| --gguf \S+", "", line)  # ci has no GGUF tokenizer
+    words = shlex.split(re.sub("_50[05]0", "_20", line).replace("RUN", trained.parent.name))[2:]
+    if words[0] == "evaluate":
+        words += ["--window", "64", "--stride", "32", "--windows", "4"]  # its context is short
+    batch = ["train.batch_size=4"] if words[0] == "train" else []  # for --set micro_batch_size
+    code, printed, error = here(*words, settings=[*SHORT, *batch])
+    assert code == 0 and SHOWN[words[0]] in printed, error
 
 
-def test_every_target_of_make_is_there():
-    named = {word for code in CODE for word in re.findall(r"(?:^|\s)make ([a-z][a-z-]+)", code)}
-    assert named >= {"run", "test", "test-all", "bench", "lab"}
-    assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_python_code_works(program, here, story, capsys):
+    here("export", "reference", "my-model")
+    (story / "program.py").write_text(program, "utf-8")
+    runpy.run_path(str(story / "program.py"))
+    assert len(capsys.readouterr().out) > 20
 
 
-def test_every_pinned_version_is_the_one_that_is_tested():
+def test_every_target_of_make_exists():
+    targets = {word for code in CODE for word in re.findall(r"(?:^|\s)make ([a-z][a-z-]+)", code)}
+    assert targets >= {"run", "test", "test-all", "bench", "lab"}
+    assert targets <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_every_pinned_version_is_the_tested_one():
     tested = (ROOT / "requirements.txt").read_text() + (ROOT / "Makefile").read_text()
-    pins = set(re.findall(r"[\w-]+==[\d.]+\d", BOTH))
+    pins = set(re.findall(r"[\w-]+==[\d.]+\d", ALL))
     assert len(pins) >= 2 and [pin for pin in pins if pin not in tested] == []
 
 
-def test_every_link_leads_somewhere():
-    links = {link for link in re.findall(r"\]\(([^)#\s]+)", BOTH) if "://" not in link}
-    assert len(links) > 20 and [x for x in sorted(links) if not (ROOT / x).exists()] == []
+def anchors(text: str) -> set[str]:
+    """GitHub's anchors of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_the_citation_can_be_read():
-    cited = parse_yaml((ROOT / "CITATION.cff").read_text("utf-8"), "CITATION.cff")
-    assert cited["cff-version"] == "1.2.0" and cited["license"] == "Apache-2.0"
-    assert {"message", "title", "authors", "references"} < cited.keys()
+@pytest.mark.parametrize("file", FILES)
+def test_every_link_leads_somewhere(file):
+    links = {link for link in re.findall(r"\]\(([^)\s]+)", TEXTS[file]) if "://" not in link}
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = (ROOT / file).parent / path if path else ROOT / file
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text("utf-8")), anchor
+
+
+def test_every_message_is_in_the_source():
+    source = "".join(path.read_text("utf-8") for path in ROOT.glob("workflow/**/*.py"))
+    source += (ROOT / "SmolLm3.py").read_text("utf-8") + (ROOT / "Makefile").read_text("utf-8")
+    messages = re.findall(r"^\| `(.+)` \|", README.partition("## Problems")[2], re.MULTILINE)
+    messages += re.findall(r"^\| `(.+)` \|", HOW_TO.partition("## More problems")[2], re.MULTILINE)
+    parts = {part.strip() for message in messages for part in re.split("[…;:]", message)}
+    assert len(messages) == 11 and [part for part in parts if part not in source] == []

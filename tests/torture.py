@@ -1,8 +1,8 @@
-"""Kills, damage, hostile files and fuzz, counted: `make torture` does at length what the tests do
-in small. Everything is real: SIGKILL to a process in the middle of its work, bits flipped on disk.
+"""Kills, damage, hostile files and fuzzing: `make torture` does many of each, the tests a few.
 
-A process is forked for each life of a run, so that it need not import torch again. It has dropout,
-so that a random state that is not restored shows in every loss.
+Processes really get SIGKILL in the middle of their work, and bits really flip on disk. Each process
+of a run is a fork, which need not import torch again. The model has dropout: if a random state is
+not restored, every later loss differs.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,8 +40,8 @@ from workflow.files import sha256_of
 from workflow.reference.load import load_reference
 from workflow.training import checkpoint, open_run
 
-logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every purge
-LAST = 14
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every purge
+STEPS = 14
 SETTINGS = [
     "train.resume_steps=1",
     "train.checkpoint_every=3",
@@ -55,19 +53,17 @@ SETTINGS = [
 
 
 @dataclass(frozen=True)
-class World:
-    """A folder of runs, and what a life in it needs."""
+class Workspace:
+    """A folder with one run, and what a process needs to open it."""
 
     folder: Path
+    text: Path
     reference: object
-    last: int = LAST
+    steps: int
 
     def config(self):
-        text = self.folder / "text.txt"
-        if not text.is_file():  # 14 steps of 32 tokens are over two epochs of it
-            text.write_text((conftest.ROOT / "input.txt").read_text()[:360])
-        settings = [s for s in conftest.overrides(self.folder) if not s.startswith("data.")]
-        settings += [f"data.source={text}", f"train.steps={self.last}", *SETTINGS]
+        source = f"data.source={self.text}", f"train.steps={self.steps}"
+        settings = conftest.overrides(self.folder, *source, *SETTINGS)
         return load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci", settings)
 
     def open_run(self):
@@ -75,128 +71,116 @@ class World:
         corpus = load_corpus(config, tokenizer, self.reference.end_of_text)
         return open_run(config, self.reference, corpus)
 
-    def fresh(self, name: str, last: int = LAST) -> World:
+    def subfolder(self, name: str, steps: int | None = None) -> Workspace:
+        """An empty folder inside this one."""
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        return World(folder, self.reference, last)
+        return replace(self, folder=folder, steps=steps or self.steps)
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """In memory where there is some, since each life syncs a dozen files."""
+def open_workspace(steps: int = STEPS) -> Iterator[Workspace]:
+    """A temporary folder, in memory if possible: each process syncs a dozen files."""
     shared = Path("/dev/shm")
-    torch.nn.modules.module.register_module_forward_hook(drop)
-    torch.set_num_threads(1)  # a child of a process with more would hang
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        entry = load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci").model_entry
-        yield World(Path(folder), load_reference("random", entry))
-    torch.nn.modules.module._global_forward_hooks.popitem()
+    hook = torch.nn.modules.module.register_module_forward_hook(dropout_after_mlp)
+    torch.set_num_threads(1)  # forks of a process with several threads would hang
+    entry = load_config(conftest.ROOT / "SmolLm3_Config.yaml", "ci").model_entry
+    with hook, tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as name:
+        text = Path(name) / "text.txt"  # 14 steps of 32 tokens are more than two epochs of it
+        text.write_text((conftest.ROOT / "input.txt").read_text()[:360])
+        yield Workspace(Path(name), text, load_reference("random", entry), steps)
 
 
-def drop(module, _, output):
-    """Dropout, wherever the model has an MLP."""
+def dropout_after_mlp(module, _, output):
     if type(module).__name__ == "LlamaMLP":
         return F.dropout(output, 0.1, module.training)
     return None
 
 
-# --- one life of a run ----------------------------------------------------------------------------
+# --- one process of a run -------------------------------------------------------------------------
 
 
-def live(
-    world: World, act: Callable | None = None, life: int = 0, until: int | None = None
-) -> tuple[int, int | None]:
-    """A process that opens the run of `world`, goes on to its end, or step `until`, and saves.
+def train_in_fork(
+    workspace: Workspace,
+    on_event: Callable | None = None,
+    process: int = 0,
+    max_steps: int | None = None,
+) -> tuple[int, str]:
+    """Forks a process that opens the run, trains up to `max_steps` or to the end, and saves.
 
-    act: called at each event with its number and name. Returns the exit status, negative for a
-    signal, and the step of the last checkpoint that it said it had saved.
+    on_event: called at each event with its number and name. process: 0, 1, … for the first, second,
+    … process of a run. Returns the exit code, negative for a signal, and what was printed.
     """
-    log = world.folder / f"life-{life}.txt"
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-            os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-            sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
-            clock = time.time
-            time.time = lambda: clock() + 2 * life  # TensorBoard's files need a second each
-            watch(act or (lambda *_: None))
-            run = world.open_run()
-            for step in run.train(until or world.last):
-                if step % 5 == 0:
-                    run.sample("A short")
-            run.save()
-            run.close()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    code, told = os.waitstatus_to_exitcode(status), log.read_text() if log.is_file() else ""
-    assert code <= 0, told
-    saved = re.findall(r"^Saved checkpoint_(\d+)\.pt", told, re.MULTILINE)
-    return code, int(saved[-1]) if saved else None
+
+    def train() -> None:
+        clock = time.time
+        time.time = lambda: clock() + 2 * process  # TensorBoard's files need a second each
+        report_events(on_event or (lambda *_: None))
+        run = workspace.open_run()
+        for step in run.train(max_steps or workspace.steps):
+            if step % 5 == 0:
+                run.sample("A short")
+        run.save_and_close()
+
+    code, printed = conftest.fork(train).finish()
+    assert code in (0, -signal.SIGKILL), printed
+    return code, printed
 
 
-def watch(act: Callable) -> None:
-    """Has `act` called around each thing in this process that a kill could come between."""
+def report_events(on_event: Callable) -> None:
+    """Calls `on_event` before, during or after each write, sync, rename, backward and update."""
     count = 0
 
     def event(name: str) -> None:
         nonlocal count
         count += 1
-        act(count, name)
+        on_event(count, name)
 
-    def around(owner, name: str) -> None:
+    def wrap(owner, name: str) -> None:
         original = getattr(owner, name)
 
-        def watched(*arguments, **options):
+        def wrapped(*arguments, **options):
             event(f"before {name}")
             result = original(*arguments, **options)
             event(f"after {name}")
             return result
 
-        setattr(owner, name, watched)
+        setattr(owner, name, wrapped)
 
-    class Watched(io.FileIO):
+    class FileWithEvents(io.FileIO):
         def write(self, data) -> int:
             half = len(data) // 2
             done = super().write(data[:half])
-            if half > 32:  # not in each record's padding
+            if half > 32:  # smaller writes are only the padding of records
                 event("middle of a write")
             return done + super().write(data[half:])
 
     original_open = builtins.open
 
-    def watched_open(file, mode="r", *arguments, **options):
+    def open_with_events(file, mode="r", *arguments, **options):
         if mode in ("wb", "ab") and not isinstance(file, int):
-            return Watched(file, mode)
+            return FileWithEvents(file, mode)
         return original_open(file, mode, *arguments, **options)
 
-    builtins.open = watched_open
-    for owner, name in (
-        (torch.Tensor, "backward"),
-        (torch.optim.AdamW, "step"),
-        (os, "fsync"),
-        (os, "replace"),
-        (os, "unlink"),
-    ):
-        around(owner, name)
+    builtins.open = open_with_events
+    wrap(torch.Tensor, "backward")
+    wrap(torch.optim.AdamW, "step")
+    for name in ("fsync", "replace", "unlink"):
+        wrap(os, name)
 
 
-def outcome(world: World) -> tuple[str, list[dict], dict[str, list[int]]]:
-    """What a finished run is: its last checkpoint, its record, steps by TensorBoard's tags."""
-    config = world.config()
-    left = [*world.folder.glob("checkpoints/*/*.tmp.*"), *world.folder.glob("runs/*/*.tmp.*")]
+def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]]:
+    """Of a finished run: hash of the last checkpoint, rows of the log, steps by TensorBoard tag."""
+    config = workspace.config()
+    folders = config.paths.checkpoints, config.paths.runs
+    left = [file for folder in folders for file in folder.glob("*/*.tmp.*")]
     assert not left, f"temporary files were left: {left}"
     (folder,) = config.paths.checkpoints.iterdir()
-    state = checkpoint.load(checkpoint.checkpoint_path(folder, world.last))
+    state = checkpoint.load(checkpoint.checkpoint_path(folder, workspace.steps))
     (runs,) = config.paths.runs.iterdir()
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "began" not in row]  # each life has its own
+    rows = [row for row in rows if "began" not in row]  # one for each process
     for row in rows:
         row.pop("tokens_per_second", None)
     board = EventAccumulator(str(runs), size_guidance={"scalars": 0}).Reload()
@@ -207,119 +191,107 @@ def outcome(world: World) -> tuple[str, list[dict], dict[str, list[int]]]:
 # --- kills ----------------------------------------------------------------------------------------
 
 
-def kills(world: World, count: int, seed: int = 0) -> dict[str, int]:
-    """Kills runs `count` times, resumes each, and holds each end against a run left alone.
+def kill_runs(workspace: Workspace, count: int, seed: int = 0) -> dict[str, int]:
+    """Kills runs `count` times, resumes each, and compares the results with an undisturbed run.
 
-    At first every so many events of a run, all if there are few, then at random ones, by
-    themselves and by the clock, several times in the life of one run.
+    The first 70% of the kills are one in each run, at evenly spaced events. The others are up to
+    four in each run, at random events or at random times.
     """
-    chance = random.Random(seed)
-    left_alone = world.fresh("left-alone")
-    events: list[str] = []
-    pipe_in, pipe_out = os.pipe()
-    began = time.perf_counter()
-    assert live(left_alone, lambda _, name: os.write(pipe_out, f"{name}\n".encode()))[0] == 0
-    lasted = time.perf_counter() - began
-    os.close(pipe_out)
-    with open(pipe_in) as names:
-        events = names.read().splitlines()
-    expected = outcome(left_alone)
-    steps = max(1, round(len(events) / (count * 0.7)))
-    planned = list(range(1, len(events) + 1, steps))[:count]
-    done = by_clock = 0
+    rng = random.Random(seed)
+    undisturbed, started = workspace.subfolder("undisturbed"), time.perf_counter()
+    show = lambda _, name: os.write(1, f"event: {name}\n".encode())  # noqa: E731
+    _, printed = train_in_fork(undisturbed, show)
+    seconds, events = time.perf_counter() - started, re.findall(r"event: (.*)", printed)
+    expected = results(undisturbed)
+    spacing = max(1, round(len(events) / (count * 0.7)))
+    planned = list(range(1, len(events) + 1, spacing))[:count]
+    done = 0
     while done < count:
-        at = planned.pop(0) if planned else chance.randint(1, len(events))
-        run, lives, newest = world.fresh("killed"), 0, 0
+        event = planned.pop(0) if planned else rng.randint(1, len(events))
+        run, processes, newest = workspace.subfolder("killed"), 0, 0
         while True:
-            timed = not planned and chance.random() < 0.5
-            status, saved = live(
-                run, killer(at, lasted * chance.random() if timed else None), lives
-            )
-            lives += 1
-            newest = whole_checkpoints(run, at_least=max(newest, saved or 0))
-            if status == 0:
+            timed = not planned and rng.random() < 0.5
+            killer = kill_at(event, seconds * rng.random() if timed else None)
+            code, printed = train_in_fork(run, killer, processes)
+            saved = re.findall(r"^Saved checkpoint_(\d+)\.pt", printed, re.MULTILINE)
+            processes += 1
+            newest = newest_step(run, at_least=max(newest, *map(int, saved), 0))
+            if code == 0:
                 break
-            assert status == -signal.SIGKILL, (run.folder / f"life-{lives - 1}.txt").read_text()
-            done, by_clock = done + 1, by_clock + timed
-            # one kill each where events are tried in turn, else up to five
-            more = not planned and lives < 5 and done < count
-            at = chance.randint(1, len(events)) if more else len(events) + 1
-        assert outcome(run) == expected, f"after {lives - 1} kills"
+            done += 1
+            again = not planned and processes < 5 and done < count
+            event = rng.randint(1, len(events)) if again else len(events) + 1
+        assert results(run) == expected, f"after {processes - 1} kills"
     return {"kills": done, "kinds of event": len(set(events)), "events": len(events)}
 
 
-def killer(at: int, seconds: float | None) -> Callable:
-    """Kills the process it is called in at event `at`, or some seconds after the first."""
+def kill_at(event: int, seconds: float | None) -> Callable:
+    """Kills the process that calls it at `event`, or, if given, `seconds` after the first event."""
 
-    def act(number: int, _: str) -> None:
+    def on_event(number: int, _: str) -> None:
         if seconds is not None and number == 1:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             parent = os.getpid()
             if os.fork() == 0:
                 time.sleep(seconds)
                 os.kill(parent, signal.SIGKILL)
                 os._exit(0)
-        if seconds is None and number == at:
+        if seconds is None and number == event:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return act
+    return on_event
 
 
-def whole_checkpoints(world: World, at_least: int) -> int:
-    """The step of the newest one; all must be whole, and none that was saved be lost."""
-    files = list(world.folder.glob("checkpoints/*/checkpoint_*.pt"))
+def newest_step(workspace: Workspace, at_least: int) -> int:
+    """The step of the newest checkpoint. Fails if one is damaged, or if step `at_least` is lost."""
+    files = list(workspace.folder.glob("checkpoints/*/checkpoint_*.pt"))
     steps = [checkpoint.load(file)["step"] for file in files]
     assert max(steps, default=0) >= at_least, "a checkpoint was lost"
     return max(steps, default=0)
 
 
-def chain(world: World, resumes: int = 25) -> None:
-    """A run of so many steps, stopped and resumed in a new process after each, leaves no trace."""
-    straight, stopped = (world.fresh(name, resumes + 1) for name in ("straight", "stopped"))
-    live(straight)
-    for life in range(resumes + 1):
-        live(stopped, life=life, until=life + 1)
-    (a, rows, tags), (b, their_rows, their_tags) = outcome(straight), outcome(stopped)
-    assert (a, tags["loss/train"]) == (b, their_tags["loss/train"])
-    assert [r for r in rows if "loss" in r] == [r for r in their_rows if "loss" in r]
+def stop_after_each_step(workspace: Workspace, resumes: int = 25) -> None:
+    """A run stopped and resumed in a new process after each step equals an uninterrupted one."""
+    uninterrupted, stopped = (
+        workspace.subfolder(name, resumes + 1) for name in ("uninterrupted", "stopped")
+    )
+    train_in_fork(uninterrupted)
+    for process in range(resumes + 1):
+        train_in_fork(stopped, process=process, max_steps=process + 1)
+    (digest, rows, tags), (other, other_rows, other_tags) = results(uninterrupted), results(stopped)
+    assert (digest, tags["loss/train"]) == (other, other_tags["loss/train"])
+    assert [r for r in rows if "loss" in r] == [r for r in other_rows if "loss" in r]
 
 
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def flips(path: Path, count: int, seed: int = 0) -> dict[str, int]:
-    """Flips one bit at a time of a checkpoint, and cuts it short: refused, or read unchanged."""
-    chance, whole, refused = random.Random(seed), path.read_bytes(), 0
+def flip_bits(path: Path, count: int, seed: int = 0) -> dict[str, int]:
+    """Flips single bits of a checkpoint, then truncates it: it is refused, or loads unchanged."""
+    rng, content = random.Random(seed), path.read_bytes()
     expected = sha256_of(checkpoint.flatten(checkpoint.load(path)))
-    lone = path.parent / "alone"  # beside no other checkpoint, which an error would look through
-    lone.mkdir()
-    damaged = lone / path.name
+    damaged = path.parent / "alone" / path.name  # with other checkpoints, an error searches them
+    damaged.parent.mkdir()
 
-    def is_refused() -> bool:
+    def is_refused(content: bytes) -> bool:
+        damaged.write_bytes(content)
         try:
             state = checkpoint.load(damaged)
         except CheckpointError:
             return True
-        assert sha256_of(checkpoint.flatten(state)) == expected, "damage was read"
+        assert sha256_of(checkpoint.flatten(state)) == expected, "damage was loaded"
         return False
 
-    damaged.write_bytes(whole)
+    assert not is_refused(content)
+    refused = 0
     for _ in range(count):
-        place, bit = chance.randrange(len(whole)), 1 << chance.randrange(8)
-        with open(damaged, "r+b") as file:
-            file.seek(place)
-            file.write(bytes([whole[place] ^ bit]))
-        refused += is_refused()
-        with open(damaged, "r+b") as file:
-            file.seek(place)
-            file.write(whole[place : place + 1])
-    assert not is_refused()
-    sizes = [0, 1, len(whole) // 2, len(whole) - 1]
-    sizes += [chance.randrange(len(whole)) for _ in range(count // 50)]
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        refused += is_refused(bytes(flipped))
+    sizes = [0, 1, len(content) // 2, len(content) - 1]
+    sizes += [rng.randrange(len(content)) for _ in range(count // 50)]
     for size in sizes:
-        damaged.write_bytes(whole[:size])
-        assert is_refused(), f"cut to {size} bytes"
-    shutil.rmtree(lone)
+        assert is_refused(content[:size]), f"truncated to {size} bytes"
+    shutil.rmtree(damaged.parent)
     return {"flips": count, "refused": refused, "truncations": len(sizes)}
 
 
@@ -327,7 +299,7 @@ def flips(path: Path, count: int, seed: int = 0) -> dict[str, int]:
 
 
 class Call:
-    """Pickled, it is a call of `function` when it is read."""
+    """Unpickling this object calls `function`."""
 
     def __init__(self, function: Callable, *arguments):
         self.call = function, arguments
@@ -337,135 +309,107 @@ class Call:
 
 
 def hostile_files(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Files made to run something, or to take all memory, by name. None may be read."""
-    sprung, huge = str(folder / "sprung"), 10**11
+    """Files that try to run code or to fill the memory: name and content. None may be loaded."""
+    created, huge = str(folder / "created"), 10**11
     nested: list = []
     for _ in range(40):
         nested = [nested] * 9  # 9 to the 40th values, in a small file
     deep: list = []
     for _ in range(300):
         deep = [deep]
-    for name, content in (
-        ("call of mkdir", Call(os.mkdir, sprung)),
-        ("call of eval", Call(eval, f"__import__('os').mkdir({sprung!r})")),
-        ("call of getattr", Call(getattr, Call(__import__, "os"), "system")),
-        ("huge bytearray", Call(bytearray, huge)),
-        ("huge tensor", Call(torch.Tensor, huge)),
-        ("huge view", torch.zeros(1).expand(huge)),
-        (
-            "sparse tensor",
-            torch.sparse_coo_tensor([[0], [0]], [1.0], (huge, 9), check_invariants=False),
-        ),
-        ("endless aliases", nested),
-        ("deep nesting", deep),
-        ("many small objects", [{} for _ in range(200_000)]),
-    ):
+    place, value = [[0], [0]], [1.0]
+    contents = {
+        "call of mkdir": Call(os.mkdir, created),
+        "call of eval": Call(eval, f"__import__('os').mkdir({created!r})"),
+        "call of getattr": Call(getattr, Call(__import__, "os"), "system"),
+        "huge bytearray": Call(bytearray, huge),
+        "huge tensor": Call(torch.Tensor, huge),
+        "huge view": torch.zeros(1).expand(huge),
+        "sparse tensor": torch.sparse_coo_tensor(place, value, (huge, 9), check_invariants=False),
+        "endless aliases": nested,
+        "deep nesting": deep,
+        "many small objects": [{} for _ in range(200_000)],
+    }
+    for name, content in contents.items():
         for format in ({"format": checkpoint.FORMAT, "format_version": 2}, {}):
-            buffer = io.BytesIO()
-            torch.save({**format, "step": content, "model": {"w": content}}, buffer)
-            yield name, buffer.getvalue()
-        yield f"{name}, without zip", pickled(content)
-    good = io.BytesIO()
-    torch.save({"w": torch.zeros(1000)}, good)
-    for name, change in ARCHIVES.items():
-        yield name, changed(good.getvalue(), *change)
-    for name, start in (
-        ("text", b"step 5000, loss 3.1\n"),
-        ("HTML", b"<!DOCTYPE html><html>"),
-        ("git-LFS pointer", b"version https://git-lfs.github.com/spec/v1\n"),
-        ("GGUF", b"GGUF\3\0\0\0"),
-        ("safetensors", b'\x40\0\0\0\0\0\0\0{"__metadata__":{}}'),
-        ("gzip", b"\x1f\x8b\x08\0"),
-        ("nothing", b""),
-        ("zeros", bytes(100_000)),
-        ("noise", random.Random(1).randbytes(100_000)),
-    ):
-        yield name, start
+            yield name, saved({**format, "step": content, "model": {"w": content}})
+        yield f"{name}, without zip", pickle.dumps(content)
+    good = saved({"w": torch.zeros(1000)})
+    yield "zip bomb", with_record(good, "archive/data/9", bytes(20_000_000), zipfile.ZIP_DEFLATED)
+    yield "record twice", with_record(good, "archive/data/0", bytes(4000))
+    names = "archive/../../created", "/tmp/created", "archive\\..\\created", "other/data.pkl"
+    for name in names:
+        yield f"record {name}", with_record(good, name)
+    yield "GGUF", b"GGUF\3\0\0\0"
+    yield "safetensors", b'\x40\0\0\0\0\0\0\0{"__metadata__":{}}'
+    yield "gzip", b"\x1f\x8b\x08\0"
+    yield "zeros", bytes(100_000)
+    yield "noise", random.Random(1).randbytes(100_000)
 
 
-def pickled(content) -> bytes:
-    try:
-        return pickle.dumps(content)
-    except RecursionError:
-        return b"\x80\x04" + b"]" * 100_000 + b"."
+def saved(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
-ARCHIVES = {  # name: (name and content of a record that is added, how it is packed)
-    "zip bomb": ("archive/data/9", bytes(200_000_000), zipfile.ZIP_DEFLATED),
-    "record twice": ("archive/data/0", bytes(4000), zipfile.ZIP_STORED),
-    "record above": ("archive/../../sprung", b"x", zipfile.ZIP_STORED),
-    "absolute record": ("/tmp/sprung", b"x", zipfile.ZIP_STORED),
-    "backslashes": ("archive\\..\\sprung", b"x", zipfile.ZIP_STORED),
-    "second folder": ("other/data.pkl", b"x", zipfile.ZIP_STORED),
-}
-
-
-def changed(archive: bytes, name: str, content: bytes, packed: int) -> bytes:
+def with_record(
+    archive: bytes, name: str, content: bytes = b"x", compression: int = zipfile.ZIP_STORED
+) -> bytes:
     buffer = io.BytesIO(archive)
-    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a", packed) as file:
-        warnings.simplefilter("ignore")  # zipfile's own, of a name that stands twice
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "a", compression) as file:
+        warnings.simplefilter("ignore")  # zipfile warns of a name that appears twice
         file.writestr(name, content)
     return buffer.getvalue()
 
 
-def hostile(folder: Path) -> dict[str, int]:
-    """Each file is refused in one line, runs nothing, and takes little more than twice its size."""
-    count = 0
-    for name, content in hostile_files(folder):
-        path = folder / "hostile.pt"
+def load_hostile_files(folder: Path) -> dict[str, int]:
+    """Each is refused with one line, runs nothing, and needs twice its size in memory at most."""
+    path = folder / "hostile.pt"
+    for count, (name, content) in enumerate(hostile_files(folder), 1):  # noqa: B007
         path.write_bytes(content)
-        pipe_in, pipe_out = os.pipe()
-        if (child := os.fork()) == 0:
-            os.write(pipe_out, refusal(path).encode())
-            os._exit(0)
-        os.close(pipe_out)
-        _, status = os.waitpid(child, 0)
-        with open(pipe_in) as told:
-            line = told.read()
+        status, line = conftest.fork(lambda: print_refusal(path)).finish()
         assert status == 0 and re.match(r"(Checkpoint|Damaged|Foreign)Error", line), (name, line)
         assert "MemoryError" not in line and "weights_only" not in line, (name, line)
-        assert line.count("\n") == 0, (name, line)
-        taken = int(line.rpartition(" ")[2])
-        assert taken < 2 * len(content) + 64_000_000, (name, taken)
-        assert not (folder / "sprung").exists(), name
-        count += 1
+        assert line.count("\n") == 1, (name, line)
+        memory = int(line.rpartition(" ")[2])
+        assert memory < 2 * len(content) + 64_000_000, (name, memory)
+        assert not (folder / "created").exists(), name
     return {"hostile files": count}
 
 
-def refusal(path: Path) -> str:
-    """The error of loading a file, and the bytes by which the process grew at most."""
+def print_refusal(path: Path) -> None:
+    """Prints the error of loading a file, and the memory that loading needed, in bytes."""
+    resource.setrlimit(resource.RLIMIT_AS, (60 * 10**9, 60 * 10**9))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (60 * 10**9, 60 * 10**9))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        signal.alarm(60)
         checkpoint.load(path)
-        return "it was read"
     except Exception as error:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        return f"{type(error).__name__}: {error} {1000 * grown}"
+        print(f"{type(error).__name__}: {error} {1000 * grown}")
 
 
 # --- all of it ------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    began, counts = time.perf_counter(), {}
+    started, counts = time.perf_counter(), {}
 
-    def tell(done: dict[str, int]) -> None:
+    def report(done: dict[str, int]) -> None:
         counts.update(done)
-        print(f"{time.perf_counter() - began:.0f} s", done, flush=True)
+        print(f"{time.perf_counter() - started:.0f} s", done, flush=True)
 
-    with world() as place:
-        tell(kills(place, 1000))
-        (path,) = place.folder.glob(f"left-alone/checkpoints/*/checkpoint_{LAST}.pt")
-        tell(flips(path, 10_000))
-        chain(place, 25)
-        tell({"chained resumes": 25})
-        tell(hostile(place.fresh("hostile").folder))
-        folder, reference = place.fresh("fuzz").folder, place.reference
+    with open_workspace() as workspace:
+        report(kill_runs(workspace, 1000))
+        (path,) = workspace.folder.glob(f"undisturbed/checkpoints/*/checkpoint_{STEPS}.pt")
+        report(flip_bits(path, 10_000))
+        stop_after_each_step(workspace, 25)
+        report({"chained resumes": 25})
+        report(load_hostile_files(workspace.subfolder("hostile").folder))
+        folder, reference = workspace.subfolder("fuzz").folder, workspace.reference
         done = fuzz.fuzz_yaml(folder, 3000) + fuzz.fuzz_text(folder, reference, 3000)
-        tell({"fuzz cases": done + fuzz.fuzz_prompts(reference, 3000)})
-    counts["seconds"] = round(time.perf_counter() - began)
+        report({"fuzz cases": done + fuzz.fuzz_prompts(reference, 3000)})
+    counts["seconds"] = round(time.perf_counter() - started)
     print(", ".join(f"{name}: {value}" for name, value in counts.items()))
 
 

@@ -1,4 +1,4 @@
-"""What the user can fix, each in one line, with the exit code of `main.py`."""
+"""Errors that the user can fix: one line each, with the exit code of `main.py`."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,41 +6,41 @@ from typing import Any
 
 
 class WorkflowError(Exception):
-    """Something the user can fix, in one line: WHERE: WHAT is wrong; HOW to fix it.
+    """An error that the user can fix. Its message is `WHERE: WHAT is wrong; HOW to fix it`.
 
-    `main.py` prints it and leaves with `exit_code`; in the notebook it is the exception's message.
+    `main.py` prints the message and exits with `exit_code`.
     """
 
     exit_code = 2  # bad input, configuration or environment
 
     def __init__(self, where: object, what: str, fix: str):
-        message = f"{where}: {what}; {fix}"  # a key or a name can hold a newline
+        message = f"{where}: {what}; {fix}"  # a key or a name can contain a newline
         super().__init__(" ".join(message.splitlines()))
         self.where, self.what = where, what
 
 
 class ConfigError(WorkflowError):
-    """The configuration cannot be used."""
+    """A setting is missing, unknown or invalid."""
 
 
 class DataError(WorkflowError):
-    """The text cannot be trained on."""
+    """A text cannot be read, or cannot be used for training."""
 
 
 class LostProcessError(WorkflowError):
-    exit_code = 1  # another process of a distributed run has ended
+    exit_code = 1  # another process of a distributed run stopped
 
 
 class CheckpointError(WorkflowError):
-    exit_code = 3  # the checkpoint is damaged, foreign, or not of this run
+    exit_code = 3  # damaged, from another program, or from another run
 
 
 class DamagedError(CheckpointError):
-    """The file is not what was once written: an older one may be loaded instead."""
+    """The checkpoint file changed after it was written. An older checkpoint can be used."""
 
 
 class ForeignError(CheckpointError):
-    """A valid torch file of another program. `weights` are those in it, or None."""
+    """A valid torch file from another program. `weights`: the weights in it, or None."""
 
     weights: Mapping[str, Any] | None = None
 
@@ -54,7 +54,7 @@ class SourceError(WorkflowError):
 
 
 class DiskError(WorkflowError):
-    exit_code = 6  # there is not enough room, or no permission
+    exit_code = 6  # the disk is full, or writing is not allowed
 
 
 class BusyError(WorkflowError):
@@ -63,7 +63,7 @@ class BusyError(WorkflowError):
 
 @contextmanager
 def one_line_errors(where: object, fix: str) -> Iterator[None]:
-    """What the model or the tokenizer refuses (ValueError, TypeError) becomes a WorkflowError."""
+    """Turns a ValueError or TypeError of the model or a library into a WorkflowError."""
     try:
         yield
     except (ValueError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""Atomic writes, folders with one writer, free space, hashes; a full disk is one line."""
+"""Atomic writes, locked folders, free space, and hashes. Disk errors are one line."""
 
 import hashlib
 import os
@@ -16,15 +16,15 @@ from filelock import BaseFileLock, FileLock, Timeout
 from workflow.errors import BusyError, DiskError
 
 DAY = 86_400.0  # seconds
-PLACE = "free some room, or set another place: --set {}=PATH"
+SPACE_FIX = "free some room, or choose another folder: --set {}=PATH"
 
 
 @contextmanager
 def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
-    """A file next to `path` to write to; it is renamed to `path` once it is written and synced.
+    """Gives a temporary file next to `path`, and renames it to `path` after a successful write.
 
-    setting: the key of the YAML that says where it is. needed: bytes, if known.
-    Raises DiskError; the file that was there before stays, and no partial file does.
+    setting: the YAML key that sets the folder. needed: the size in bytes, if known.
+    Raises DiskError. After an error, the old file is unchanged and the temporary one is removed.
     """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
@@ -33,7 +33,7 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        if os.name == "posix":  # so that the rename survives a power cut; Windows has no such call
+        if os.name == "posix":  # the rename then survives a power failure; Windows cannot do this
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
@@ -51,7 +51,7 @@ def write_text_atomic(path: Path, text: str, setting: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path, setting: str) -> Iterator[None]:
-    """An OSError inside becomes a DiskError."""
+    """Turns an OSError into a DiskError."""
     try:
         yield
     except OSError as error:
@@ -64,24 +64,24 @@ def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> D
     size = f", it takes {needed / 1e6:.1f} MB" if needed else ""
     free = f"{shutil.disk_usage(existing).free / 1e6:.1f} MB are free"
     what = f"it cannot be written ({reason}){size}, {free}"
-    return DiskError(path, what, PLACE.format(setting))
+    return DiskError(path, what, SPACE_FIX.format(setting))
 
 
 def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None:
-    """Raises DiskError, with both sizes, when `folder` has less than `needed` bytes free."""
+    """Raises DiskError, with both sizes, if fewer than `needed` bytes are free in `folder`."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        room = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise DiskError(folder, room, PLACE.format(setting))
+        sizes = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise DiskError(folder, sizes, SPACE_FIX.format(setting))
 
 
-def remove_temporary_files(folder: Path, untouched: float = 0) -> None:
-    """Removes the partial files of a killed process.
+def remove_temporary_files(folder: Path, min_age: float = 0) -> None:
+    """Removes the partial files that a killed process left.
 
-    untouched: only those not written to for so many seconds; for folders that nobody locks.
+    min_age: seconds since the last write. In a folder without a lock, a new file may be in use.
     """
     for path in folder.glob("*.tmp.*"):
-        if time.time() - path.stat().st_mtime >= untouched:
+        if time.time() - path.stat().st_mtime >= min_age:
             print(f"Removed {path.name}, the partial file of a killed process")
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -89,8 +89,8 @@ def remove_temporary_files(folder: Path, untouched: float = 0) -> None:
 def lock_folder(folder: Path, setting: str) -> BaseFileLock:
     """Creates a folder and locks it for this process until `release` or the process ends.
 
-    The same process may lock it again: a notebook cell can run twice.
-    Raises BusyError, naming the process and host that hold it, or DiskError.
+    The same process may lock it again, because a notebook cell can run twice.
+    Raises BusyError with the process and host that have the lock, or DiskError.
     """
     lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
     holder = folder / ".holder"
@@ -107,7 +107,7 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
 
 
 def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
-    """One hash over names with values; of a tensor, over its dtype, shape and every byte."""
+    """One hash of all names and values. A tensor counts with its dtype, shape and bytes."""
     digest = hashlib.sha256()
     for name, value in values:
         if isinstance(value, torch.Tensor):
@@ -120,5 +120,5 @@ def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
 
 
 def weights_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """The identity of a set of weights, in any order."""
+    """The hash of a set of weights; the order does not matter."""
     return sha256_of(sorted(tensors.items()))

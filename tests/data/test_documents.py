@@ -1,4 +1,4 @@
-"""Files become documents, whatever they are; what is no text is refused with its place."""
+"""Documents from text files and tables; files that are not text are refused."""
 
 import csv
 import gzip
@@ -6,20 +6,12 @@ import json
 import os
 
 import numpy as np
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from conftest import ROOT
 from workflow.data import documents as module
 from workflow.data.corpus import tokenize
-from workflow.data.documents import (
-    documents,
-    read_parts,
-    read_text,
-    sha256_of_text,
-    split_documents,
-)
+from workflow.data.documents import read_documents, read_text, sha256_of_text
 from workflow.errors import DataError
 
 ARTICLES = [
@@ -27,12 +19,13 @@ ARTICLES = [
     " = Two = \n second \n",
 ]
 LINES = ["", *"".join(ARTICLES).splitlines(keepends=True)]  # the rows of wikitext
+DOCUMENTS = [article.rstrip("\n") for article in ARTICLES]
 
 
-def whole(files, column="text") -> list[str]:
-    """The documents, put together from their pieces."""
+def read(files, column="text") -> list[str]:
+    """The documents, joined from their pieces."""
     found = [""]
-    for text, ends in documents(files, column):
+    for text, ends in read_documents(files, column):
         found[-1] += text
         if ends:
             found.append("")
@@ -42,11 +35,14 @@ def whole(files, column="text") -> list[str]:
 
 @pytest.fixture
 def table(tmp_path):
-    """A parquet or JSON file of the given rows."""
+    """Writes rows to a parquet, JSON or CSV file."""
 
     def make(name: str, rows: list, column: str = "text"):
         path = tmp_path / name
         if name.endswith(".parquet"):
+            import pyarrow
+            from pyarrow import parquet
+
             parquet.write_table(pyarrow.table({"id": range(len(rows)), column: rows}), path)
         elif name.endswith(".csv"):
             with open(path, "w", newline="") as file:
@@ -59,112 +55,97 @@ def table(tmp_path):
     return make
 
 
-def test_documents_start_at_headings():
-    text = "before\n\n = One = \n\nfirst\n\n = = Part = = \n\nmore\n\n = Two = \n\nsecond\n"
-    assert list(split_documents([text])) == [
-        ("before", True),
-        (" = One = \n\nfirst\n\n = = Part = = \n\nmore", True),
-        (" = Two = \n\nsecond", True),
-    ]
-
-
-@pytest.mark.parametrize("size", [100, 1000, 30_000])
-def test_a_text_read_and_cut_in_parts_gives_the_ids_of_the_whole(smollm2, monkeypatch, size):
-    def ids() -> list[np.ndarray]:
-        pieces = documents([ROOT / "input.txt"], "")
+def test_reading_in_small_pieces_gives_the_same_token_ids(smollm2, monkeypatch):
+    def token_ids() -> list[np.ndarray]:
+        pieces = read_documents([ROOT / "input.txt"], "")
         return list(tokenize(pieces, smollm2.tokenizer.backend_tokenizer, 0, np.uint16))
 
-    whole = ids()
-    monkeypatch.setattr(module, "PART", size)
-    monkeypatch.setattr(module, "LONGEST", size)
-    parts = ids()
-    assert np.array_equal(np.concatenate(parts), np.concatenate(whole))
-    assert len(parts) > len(whole) or size == 30_000
+    expected = token_ids()
+    for size, is_cut in ((100, True), (1000, True), (30_000, False)):
+        monkeypatch.setattr(module, "CHUNK_SIZE", size)
+        monkeypatch.setattr(module, "MAX_PIECE", size)
+        ids = token_ids()
+        assert np.array_equal(np.concatenate(ids), np.concatenate(expected))
+        assert (len(ids) > len(expected)) == is_cut
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
-def test_rows_that_are_lines_are_joined_into_articles_and_others_are_documents(table, name):
-    lines = table(name, LINES)
-    assert whole([lines]) == [article.rstrip("\n") for article in ARTICLES]
+def test_rows_are_lines_of_articles_or_documents(table, name):
+    assert read([table(name, LINES)]) == DOCUMENTS
     rows = table(f"b{name}", ["", "one row\nof two lines", None, "another"])
-    assert whole([rows]) == ["one row\nof two lines", "another"]
+    assert read([rows]) == ["one row\nof two lines", "another"]
 
 
-def test_an_article_goes_on_in_the_next_part_of_its_split(table):
-    parts = [table("1.jsonl", LINES[:3]), table("2.jsonl", LINES[3:])]
-    assert whole(parts) == [article.rstrip("\n") for article in ARTICLES]
+def test_articles_can_continue_in_the_next_file_but_complete_ones_are_not_joined(table):
+    assert read([table("1.jsonl", LINES[:3]), table("2.jsonl", LINES[3:])]) == DOCUMENTS
+    assert read([table("a.jsonl", DOCUMENTS)]) == DOCUMENTS
 
 
-def test_rows_that_are_whole_articles_are_not_run_together(table):
-    articles = [" = One = \n first", " = Two = \n second"]
-    assert whole([table("a.jsonl", articles)]) == articles
-
-
-def test_a_name_is_no_pattern(table):
+def test_file_name_is_not_a_pattern(table):
     table("x1.jsonl", ["another"])
-    assert whole([table("x[1].jsonl", ["one"])]) == ["one"]
+    assert read([table("x[1].jsonl", ["one"])]) == ["one"]
 
 
-def test_packed_text_is_the_text(tmp_path):
+def test_documents_of_a_text_file_start_at_headings_also_in_a_gz_file(tmp_path):
     plain, packed = tmp_path / "a.txt", tmp_path / "a.txt.gz"
-    plain.write_text("".join(ARTICLES))
+    plain.write_text("before\n\n" + "".join(ARTICLES))
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    assert whole([packed]) == whole([plain]) == [article.rstrip("\n") for article in ARTICLES]
+    assert read([packed]) == read([plain]) == ["before", *DOCUMENTS]
 
 
-def test_the_identity_is_that_of_bytes_column_and_order(table):
+def test_hash_of_tables_depends_on_bytes_column_and_order(table):
     one, two = table("one.jsonl", ["a"]), table("two.jsonl", ["b"])
-    identities = [
-        sha256_of_text(files, column)
-        for files, column in (([one], "a"), ([one], "b"), ([one, two], "a"), ([two, one], "a"))
-    ]
-    assert len(set(identities)) == 4
+    inputs = (([one], "a"), ([one], "b"), ([one, two], "a"), ([two, one], "a"))
+    assert len({sha256_of_text(files, column) for files, column in inputs}) == 4
+
+
+def cut(path, name: str):
+    """Removes the last 20 bytes of a file, and renames it."""
+    path.write_bytes(path.read_bytes()[:-20])
+    return path.rename(path.with_name(name))
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda table: table("a.parquet", ["x"], "content"), "no column 'text', but id, content"),
         (lambda table: table("a.jsonl", ["x"], "content"), "no column 'text', but id, content"),
-        (lambda table: table("a.jsonl", [["x"], ["y"]]), "column 'text' holds list, not text"),
-        (lambda table: table("a.parquet", [1, 2]), "column 'text' holds int, not text"),
+        (lambda table: table("a.parquet", [1, 2]), "column 'text' contains int, not text"),
         (lambda table: table("a.parquet", ["", None]), "column 'text' is empty"),
-        (lambda table: spoil(table("a.parquet", LINES)), "it cannot be read as parquet"),
-        (lambda table: cut(table("a.parquet", LINES)), "it cannot be read as parquet"),
-        (lambda table: cut(table("a.jsonl", LINES)), "it cannot be read as json"),
-        (lambda table: cut(table("a.jsonl.gz", LINES)), "it cannot be read as json"),
-        (lambda table: cut(table("a.jsonl.gz", LINES), "a.gz"), "it is damaged"),
-        (lambda table: cut(table("a.jsonl", LINES), "b.gz"), "it is damaged"),
+        (lambda table: cut(table("a.parquet", LINES), "b.parquet"), "it cannot be read as parquet"),
+        (lambda table: cut(table("a.jsonl.gz", LINES), "b.jsonl.gz"), "it cannot be read as json"),
+        (lambda table: cut(table("a.jsonl.gz", LINES), "b.gz"), "it is damaged"),
         (lambda table: table("a.jsonl", LINES).with_name("a" * 300), "it cannot be read"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(table, capfd, make, words):
-    with pytest.raises(DataError, match=words) as caught:
-        whole([make(table)])
-    assert "\n" not in str(caught.value) and str(caught.value).count("; ") >= 1
+def test_unreadable_table_is_refused_in_one_line(table, capfd, make, message):
+    with pytest.raises(DataError, match=message) as caught:
+        read([make(table)])
+    assert "\n" not in str(caught.value) and "; " in str(caught.value)
     assert capfd.readouterr().err == ""
 
 
-def spoil(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2 :: 7] = bytes(len(content[len(content) // 2 :: 7]))
-    path.write_bytes(content)
-    return path
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"abc\xffdef", "byte 3 is not UTF-8"),
+        (b"abc\0def", "character 3 is a NUL"),
+    ],
+)
+def test_file_that_is_not_text_is_refused(tmp_path, content, message):
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_text(tmp_path / "text.txt")
 
 
-def cut(path, name=None):
-    path.write_bytes(path.read_bytes()[:-20])
-    return path.rename(path.with_name(name)) if name else path
-
-
-def test_a_path_that_is_no_file_is_refused_without_hanging(tmp_path):
+def test_path_that_is_not_a_file_is_refused_without_hanging(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    for path, words in (("absent", "no such file"), ("", "a folder"), ("fifo", "or a device")):
-        with pytest.raises(DataError, match=words):
+    for path, message in (("absent", "no such file"), ("", "a folder"), ("fifo", "or a device")):
+        with pytest.raises(DataError, match=message):
             read_text(tmp_path / path)
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_text(tmp_path):
+def test_byte_order_mark_and_windows_line_ends_are_removed(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbf = A = \r\n\r\nx\r\n")
     assert read_text(tmp_path / "text.txt")[0] == " = A = \n\nx\n"
-    assert "".join(read_parts(tmp_path / "text.txt")) == " = A = \n\nx\n"

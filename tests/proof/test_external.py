@@ -1,4 +1,4 @@
-"""External values: found for the right file of weights, text and vocabulary only."""
+"""External values are used only for the weights, text and vocabulary that they belong to."""
 
 import json
 
@@ -9,77 +9,69 @@ from workflow.errors import ConfigError, DataError
 from workflow.proof import copy_reference, external
 
 
-def test_stored_values_are_of_one_file_and_name_their_origin(
-    smollm2, reference, monkeypatch, tmp_path
-):
-    facts = external.facts_of(smollm2)
-    assert all(facts[name]["origin"] for name in ("perplexity", "llama_cpp"))
-    assert external.facts_of(reference) is None  # random weights
-    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.json").write_text(
-        json.dumps(facts | {"weights_sha256": "0" * 64})
-    )
-    monkeypatch.setattr(external, "FACTS", tmp_path)
-    assert external.facts_of(smollm2) is None
-
-
-def test_a_missing_file_of_stored_values_is_an_error(smollm2, monkeypatch, tmp_path):
-    monkeypatch.setattr(external, "FACTS", tmp_path)
-    for values in (external.facts_of, external.hard_strings):
-        with pytest.raises(ConfigError, match=r"json: this file of the proof is missing; restore"):
-            values(smollm2)
+def test_stored_values_belong_to_one_file_of_weights(smollm2, reference, monkeypatch, tmp_path):
+    stored = external.stored_values(smollm2)
+    assert external.stored_values(reference) is None  # random weights
+    changed = json.dumps(stored | {"weights_sha256": "0" * 64})
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.json").write_text(changed)
+    monkeypatch.setattr(external, "STORED_VALUES", tmp_path)
+    assert external.stored_values(smollm2) is None
     monkeypatch.setattr(external, "KNOWN_WEIGHTS", ())
-    assert external.facts_of(smollm2) is None
+    assert external.stored_values(smollm2) is None
 
 
-def test_the_official_ids_of_hard_strings(smollm2, reference):
-    strings = external.hard_strings(smollm2)
-    ids = dict(strings)
-    assert smollm2.tokenizer.convert_ids_to_tokens(ids["a\n  5"]) == ["a", "ĊĠĠ", "5"]
-    assert external.strings_check(smollm2, strings).value == 0
-    strings[0][1] = [1, 2, 3]
-    check = external.strings_check(smollm2, strings)
+@pytest.mark.parametrize("read", [external.stored_values, external.official_token_ids])
+def test_a_missing_file_of_stored_values_is_an_error(smollm2, monkeypatch, tmp_path, read):
+    monkeypatch.setattr(external, "STORED_VALUES", tmp_path)
+    with pytest.raises(ConfigError, match=r"json: this file of the proof is missing; restore"):
+        read(smollm2)
+
+
+def test_the_tokenizer_gives_the_official_ids(smollm2, reference):
+    official = external.official_token_ids(smollm2)
+    assert external.token_ids_check(smollm2, official).value == 0
+    official[0][1] = [1, 2, 3]
+    check = external.token_ids_check(smollm2, official)
     assert (check.value, check.detail) == (1, r"'a\n  5'")
-    assert external.hard_strings(reference) is None  # another vocabulary
-    assert external.strings_check(reference, None).passed is None
+    assert external.official_token_ids(reference) is None  # another vocabulary
+    assert external.token_ids_check(reference, None).passed is None
 
 
-def test_llama_cpp_chooses_as_we_do(smollm2):
-    facts, model = external.facts_of(smollm2)["llama_cpp"], copy_reference(smollm2)
-    facts = {name: facts[name][:128] for name in ("ids", "argmax")}
+def test_the_most_likely_tokens_are_those_of_llama_cpp(smollm2):
+    stored, model = external.stored_values(smollm2)["llama_cpp"], copy_reference(smollm2)
+    ids, argmax = stored["ids"][:32], stored["argmax"][:32]
     with torch.no_grad():
-        check = external.argmax_check(model, facts)
-        assert check.passed and check.detail.endswith("of 128 positions")
-        facts["argmax"] = [*facts["argmax"][1:], 0]
-        assert external.argmax_check(model, facts).value < 0.3
+        assert external.argmax_check(model, {"ids": ids, "argmax": argmax}).passed
+        assert external.argmax_check(model, {"ids": ids, "argmax": [*argmax[1:], 0]}).value < 0.3
 
 
-def test_one_changed_tensor_is_named(smollm2, monkeypatch):
-    def some(path, config):
+def test_a_changed_and_a_missing_tensor_are_named(smollm2, monkeypatch):
+    def outside_the_layers(path, config):
         for name, values in smollm2.state_dict.items():
             if ".layers." not in name:
                 yield name, values + 1e-6 if name == "model.norm.weight" else values
 
-    monkeypatch.setattr(external, "read_tensors", some)
+    monkeypatch.setattr(external, "read_gguf", outside_the_layers)
     check = next(external.external_checks(None, smollm2, None))
     assert check.detail.startswith("model.norm.weight, ")
-    assert check.value == 1 + 270  # those that the file does not have, too
+    assert check.value == 1 + 270  # one is changed, 270 are missing
 
 
-def test_perplexity_is_of_the_right_text_only(reference, tmp_path):
+def test_perplexity_needs_the_right_text(reference, tmp_path):
     model, text = copy_reference(reference), tmp_path / "text.txt"
     text.write_text("abc " * 100)
-    facts = {"text": "a text", "text_sha256": "0", "window": 64, "windows": 2, "perplexity": 257.0}
-    assert external.perplexity_check(model, reference, facts, None).passed is None
-    with pytest.raises(DataError):
-        external.perplexity_check(model, reference, facts, tmp_path / "absent.txt")
-    check = external.perplexity_check(model, reference, facts, text)
-    assert check.value == float("inf") and check.detail == f"{text} is another text than a text"
-    _, facts["text_sha256"] = external.read_text(text)
-    check = external.perplexity_check(model, reference, facts, text)
+    stored = {"text": "a text", "text_sha256": "0", "window": 64, "windows": 2, "perplexity": 257.0}
+    assert external.perplexity_check(model, reference, stored, None).passed is None
+    with pytest.raises(DataError, match=r"absent\.txt"):
+        external.perplexity_check(model, reference, stored, tmp_path / "absent.txt")
+    check = external.perplexity_check(model, reference, stored, text)
+    assert check.value == float("inf") and check.detail == f"{text} is not this text: a text"
+    _, stored["text_sha256"] = external.read_text(text)
+    check = external.perplexity_check(model, reference, stored, text)
     assert check.value < 100 and check.detail.endswith("2 windows of 64")
 
 
 @pytest.mark.slow
-def test_all_tensors_are_as_gguf_reads_them(smollm2):
+def test_all_tensors_equal_those_of_the_gguf_library(smollm2):
     check = next(external.external_checks(None, smollm2, None))
     assert (check.value, check.detail) == (0, "all dequantised by the gguf library")

@@ -1,4 +1,4 @@
-"""Each mutation changes what it says, is undone afterwards, and has its curve."""
+"""Each mutation changes the model, a check finds it, and it is removed again."""
 
 import json
 
@@ -8,97 +8,84 @@ import torch
 import SmolLm3
 from conftest import ROOT
 from SmolLm3 import hf_state_dict
+from workflow.analysis.states import hidden_states
 from workflow.files import weights_sha256
 from workflow.proof import copy_reference, mutations
-from workflow.proof.checks import training_loss
+from workflow.proof.checks import encode_prompt, training_loss
+from workflow.proof.prompts import LONG_PROMPT
 from workflow.training import NextTokenLoss
 
 IDS = torch.arange(3, 43)[None]
 
 
 @pytest.mark.parametrize("name", list(mutations.MUTATIONS))
-def test_a_mutation_is_undone_afterwards(name, reference):
-    assert mutations.MUTATIONS[name].__doc__
+def test_a_mutation_changes_the_model_and_is_removed_again(name, reference):
     model = copy_reference(reference)
     before = weights_sha256(hf_state_dict(model))
     parts = (SmolLm3.rotate, SmolLm3.visible_positions, SmolLm3.F, NextTokenLoss.forward)
     with torch.no_grad():
-        right = model(IDS), training_loss(model, IDS)
+        original = model(IDS), training_loss(model, IDS)
         with mutations.MUTATIONS[name](model):
-            wrong = model(IDS), training_loss(model, IDS)
+            mutated = model(IDS), training_loss(model, IDS)
         again = model(IDS), training_loss(model, IDS)
-    same = all(map(torch.equal, right, wrong))
-    assert same == (name == mutations.BASELINE)
-    assert all(map(torch.equal, right, again))
+    assert all(map(torch.equal, original, mutated)) == (name == mutations.BASELINE)
+    assert all(map(torch.equal, original, again))
     assert parts == (SmolLm3.rotate, SmolLm3.visible_positions, SmolLm3.F, NextTokenLoss.forward)
     assert weights_sha256(hf_state_dict(model)) == before
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
-def test_positions_over_the_heads_know_no_order(reference):
-    """All positions are turned alike: with the mask open, a shuffled text is the same text."""
-    model = copy_reference(reference)
-    order = torch.randperm(IDS.shape[1])
-    opened = mutations.MUTATIONS["no causal mask"](model)
-    with torch.no_grad(), opened, mutations.MUTATIONS["positions over heads"](model):
-        shuffled = model(IDS[:, order])
-        torch.testing.assert_close(shuffled, model(IDS)[:, order], rtol=0, atol=1e-5)
-
-
-@pytest.fixture
-def short(config, tmp_path):
-    settings = config.mutations.model_copy(
-        update={
-            "steps": 3,
-            "tokens": 40,
-            "record": tmp_path / "record.json",
-            "other_learning_rates": (0.1,),
-        }
-    )
-    return config.model_copy(update={"mutations": settings})
-
-
-def test_the_study_is_saved_and_read_again(short, reference, capsys):
+def test_results_and_curves_are_computed_saved_and_loaded(config, reference, tmp_path, capsys):
+    settings = {"tokens": 40, "steps": 3, "other_learning_rates": (0.1,)}
+    settings["curves_file"] = tmp_path / "curves.json"
+    config = config.model_copy(update={"mutations": config.mutations.model_copy(update=settings)})
     model = copy_reference(reference)
     before = weights_sha256(hf_state_dict(model))
-    results, curves = mutations.study(model, reference, short)
+    results, curves = mutations.run_mutations(model, reference, config)
     assert weights_sha256(hf_state_dict(model)) == before
-    assert [row.name for row in results] == list(mutations.MUTATIONS)
-    assert [row.name for row in results if row.failed_check is None] == [mutations.BASELINE]
-    assert len(curves) == len(mutations.MUTATIONS) + 3
-    assert all(len(curve.losses) == 3 for curve in curves)
-    baseline = curves[0]
-    assert baseline.name == mutations.BASELINE and baseline.losses[-1] < baseline.losses[0]
+    assert [result.name for result in results] == list(mutations.MUTATIONS)
+    passed = [result.name for result in results if result.failed_check is None]
+    assert passed == [mutations.BASELINE] == [curves[0].name]
+    assert [len(curve.losses) for curve in curves] == [3] * (len(mutations.MUTATIONS) + 3)
+    assert curves[0].losses[-1] < curves[0].losses[0]
 
-    settings = short.mutations.model_copy(update={"steps": 0})
-    read = mutations.study(model, reference, short.model_copy(update={"mutations": settings}))[1]
-    assert [(curve.name, curve.rate, curve.after) for curve in read] == [
-        (curve.name, curve.rate, curve.after) for curve in curves
-    ]
+    settings = config.mutations.model_copy(update={"steps": 0})
+    config = config.model_copy(update={"mutations": settings})
+    assert mutations.run_mutations(model, reference, config)[1] == curves
     assert "Curves read from" in capsys.readouterr().out
-    table = mutations.table(results, read, settings)
-    assert list(table.index) == list(mutations.MUTATIONS)
-    assert table.loc[mutations.BASELINE, "failed_check"] == "none"
-    assert table.loc[mutations.BASELINE, "trained"] == round(baseline.after, 3)
-    assert mutations.table(results, [], settings)["trained"].isna().all()
-    lowest = [min(curve.losses) for curve in read]
-    assert list(mutations.curve_table(read)["lowest"]) == pytest.approx(lowest, abs=1e-3)
+    table = mutations.result_table(results, curves, config.mutations.learning_rate)
+    assert table["loss_after_training"].iloc[0] == round(curves[0].held_out_loss, 3)
+    assert mutations.result_table(results, [], 1.0)["loss_after_training"].isna().all()
     assert mutations.curve_table([]).empty
 
 
-def test_a_record_of_other_weights_or_text_is_not_read(short):
-    file, origin = short.mutations.curves_file, {"weights_sha256": "a", "text_sha256": "b"}
-    curve = mutations.Curve("x", 1e-4, [1.0], 1.0)
-    mutations.save_curves([curve], file, origin)
-    assert mutations.load_curves(file, origin) == [curve]
-    assert mutations.load_curves(file, origin | {"weights_sha256": "c"}) == []
-    assert mutations.load_curves(file, origin | {"text_sha256": "c"}) == []
-    assert mutations.load_curves(file.with_name("none.json"), origin) == []
-
-
-def test_the_committed_record_can_be_read():
+def test_curves_are_loaded_only_for_the_same_weights_and_text(tmp_path):
     file = ROOT / "docs" / "mutations.json"
-    record = json.loads(file.read_text("utf-8"))
-    origin = {key: record[key] for key in ("weights_sha256", "text_sha256", "batch")}
-    curves = mutations.load_curves(file, origin)
+    content = json.loads(file.read_text("utf-8"))
+    provenance = {key: content[key] for key in ("weights_sha256", "text_sha256", "batch")}
+    curves = mutations.load_curves(file, provenance)
     assert list(dict.fromkeys(curve.name for curve in curves)) == list(mutations.MUTATIONS)
+    for key in provenance:
+        assert mutations.load_curves(file, provenance | {key: "another"}) == []
+    assert mutations.load_curves(tmp_path / "absent.json", provenance) == []
+
+    old = file.read_text("utf-8").replace("held_out_loss", "after")  # the name in earlier versions
+    (tmp_path / "old.json").write_text(old)
+    assert mutations.load_curves(tmp_path / "old.json", provenance) == curves
+
+
+def test_each_mutation_of_the_real_weights_fails_in_the_right_place(smollm2):
+    model, ids = copy_reference(smollm2), encode_prompt(smollm2, LONG_PROMPT)[:, :48]
+    with torch.no_grad():
+        theirs = hidden_states(smollm2.model, ids)
+    found = {
+        name: mutations.check_mutation(name, model, smollm2, ids, theirs)
+        for name in mutations.MUTATIONS
+    }
+    assert found[mutations.BASELINE].failed_check is None
+    assert found[mutations.RANDOM_HEAD].where == "lm_head.weight"
+    assert found[mutations.SHIFTED_TWICE].failed_check == "loss matches"
+    others = set(found) - {mutations.BASELINE, mutations.RANDOM_HEAD, mutations.SHIFTED_TWICE}
+    assert {found[name].where for name in others} == {"layers.0"}
+    # a low loss is no proof
+    assert found["no causal mask"].loss < found[mutations.BASELINE].loss

@@ -1,4 +1,4 @@
-"""llama.cpp runs the exported file with equal tokens; `make llama-cpp` fetches it, through npm."""
+"""llama.cpp gives the same tokens from the exported file. `make llama-cpp` installs it with npm."""
 
 import json
 import shutil
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from conftest import ROOT
-from workflow.proof.checks import PROMPTS, copy_reference, encode
-from workflow.proof.external import facts_of, hard_strings
+from workflow.proof.checks import PROMPTS, copy_reference, encode_prompt
+from workflow.proof.external import official_token_ids, stored_values
 from workflow.reference.export import export
 
 NODE = ROOT / ".cache" / "node"
 NEW_TOKENS = 32
-NEAR = 0.05  # llama.cpp's cache has 16 bits: closer than this, either of two tokens may win
+NEAR_TIE = 0.05  # llama.cpp's cache has 16 bits: it may choose the other of two close tokens
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-def ask(model, **request) -> dict:
+def run_llama_cpp(model, **request) -> dict:
     result = subprocess.run(
         ["node", str(ROOT / "tests" / "reference" / "llama_cpp.mjs"), str(model)],
         cwd=NODE,
@@ -38,11 +38,11 @@ def ask(model, **request) -> dict:
     return json.loads(result.stdout)
 
 
-def test_llama_cpp_continues_the_exported_file_as_we_do(smollm2, tmp_path):
-    model, strings = copy_reference(smollm2), hard_strings(smollm2)
+def test_llama_cpp_generates_the_same_tokens_from_the_exported_file(smollm2, tmp_path):
+    model, strings = copy_reference(smollm2), official_token_ids(smollm2)
     export(model, smollm2.tokenizer, tmp_path / "out", gguf="F32")
-    prompts = [encode(smollm2, text) for _, text in PROMPTS[:5]]
-    answer = ask(
+    prompts = [encode_prompt(smollm2, text) for _, text in PROMPTS[:5]]
+    answer = run_llama_cpp(
         tmp_path / "out" / "out-F32.gguf",
         texts=[text for text, _ in strings],
         **{"continue": {"prompts": [p[0].tolist() for p in prompts], "new_tokens": NEW_TOKENS}},
@@ -57,15 +57,15 @@ def test_llama_cpp_continues_the_exported_file_as_we_do(smollm2, tmp_path):
             with torch.no_grad():
                 best = model(text)[0, -1].topk(2)
             assert theirs[place] == best.indices[1]
-            assert best.values[0] - best.values[1] < NEAR
+            assert best.values[0] - best.values[1] < NEAR_TIE
 
 
-def test_the_stored_choices_are_still_llama_cpps_own(smollm2):
-    """On the wheel's own file; another processor's kernels may decide a few near-ties otherwise."""
+def test_stored_argmax_is_the_one_of_llama_cpp(smollm2):
+    """With the wheel's file. Another processor may choose differently where tokens are close."""
     from workflow.reference.load import find_in_package
 
-    stored = facts_of(smollm2)["llama_cpp"]
+    stored = stored_values(smollm2)["llama_cpp"]
     file = find_in_package(smollm2.entry.wheel.file)
-    (argmax,) = ask(file, judge=[stored["ids"]])["argmax"]
+    (argmax,) = run_llama_cpp(file, judge=[stored["ids"]])["argmax"]
     same = sum(a == b for a, b in zip(argmax, stored["argmax"], strict=True))
     assert same >= 0.95 * len(argmax)

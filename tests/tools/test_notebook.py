@@ -1,171 +1,33 @@
-"""main.ipynb calls, shows and asserts; `main.py run` executes it, and stops when asked to."""
+"""main.ipynb calls, shows and asserts; `main.py run` executes it and can be stopped."""
 
 import ast
 import contextlib
-import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import nbformat
 import pytest
-from jupyter_client.manager import start_new_kernel
+from test_layout import CELLS
 
-from conftest import ROOT
-from workflow.tools import stamp
-from workflow.tools.notebook import SKIPPED
+from conftest import ROOT, popen, python_main, read_losses
 
+RUN = ("run", "--profile", "ci")
+SKIP_TAG = "skip-execution"
 NOTEBOOK = nbformat.read(ROOT / "main.ipynb", as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-EXECUTED = [cell for cell in CODE if SKIPPED not in cell.metadata.get("tags", [])]
-
-
-def test_the_notebook_defines_nothing_and_its_cells_are_short():
-    for cell in EXECUTED:
-        nodes = list(ast.walk(ast.parse(cell.source)))
-        assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in nodes)
-    lengths = sorted(len(cell.source.splitlines()) for cell in CODE)
-    assert lengths[-1] <= 15
-    assert lengths[len(lengths) // 2] <= 7
-    assert 20 <= len(CODE) <= 32
-    assert sum("parameters" in cell.metadata.get("tags", []) for cell in CODE) == 1
-
-
-def test_the_notebook_holds_no_installation():
-    for cell in CODE:
-        assert not re.search(r"pip install|google\.colab", cell.source)
-
-
-def test_what_the_notebook_shows_was_made_by_the_code_above_it():
-    """All of it or nothing: `make notebook-run` executes it, `make notebook-strip` clears it."""
-    counts = [cell.execution_count for cell in CODE]
-    if not any(cell.outputs for cell in CODE):
-        assert set(counts) == {None}
-        return
-    assert counts == [*range(1, len(EXECUTED) + 1), None]  # the last is for readers
-    kinds = {output.output_type for cell in CODE for output in cell.outputs}
-    assert kinds <= {"stream", "execute_result", "display_data"}
-    stamped = re.search(rf"^{stamp.CELLS} +(\w+)$", outputs(NOTEBOOK), re.MULTILINE)
-    assert stamped[1] == stamp.cells_sha256(ROOT / "main.ipynb")
-    assert not re.search(r"^made .*\+$", outputs(NOTEBOOK), re.MULTILINE)  # of a commit, as it is
-    assert (ROOT / "main.ipynb").stat().st_size < 800_000
-    assert "\r" not in outputs(NOTEBOOK)
-
-
-def printed(text: str) -> list[str]:
-    """The lines of a text, without progress bars, dates and measured times."""
-    lines = (line.rpartition("\r")[2].strip() for line in text.splitlines())
-    return [
-        line
-        for line in lines
-        if line and not re.search(r"\d+%\||^About | checks in |^peak memory|^made |^steps \d", line)
-    ]
-
-
-SMOKE_TEST = r"Smoke test ci-smoke-test-\w+: read from its log"
-RUN = ("main.py", "run", "--profile", "ci")
-
-
-def run(story, *command: str) -> str:
-    environment = os.environ | {"SMOLLM_PROFILE": "ci"}
-    options = {"cwd": story, "env": environment, "capture_output": True, "text": True}
-    result = subprocess.run([sys.executable, *command], timeout=400, **options)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
-
-
-def outputs(notebook) -> str:
-    streams = (output for cell in notebook.cells for output in cell.get("outputs", []))
-    return "".join(output.text for output in streams if output.output_type == "stream")
-
-
-def test_the_notebook_is_executed_then_replayed(story):
-    """All 5050 steps of the ci profile, live; the second time nothing is trained."""
-    shown = run(story, *RUN, "--in-place")
-    (folder,) = (story / "runs").glob("ci-[0-9a-f]*")
-    executed = nbformat.read(folder / "main.ipynb", as_version=4)
-    assert nbformat.read(story / "main.ipynb", as_version=4) == executed
-    kept = printed(outputs(executed))
-    assert f"Run folder: runs/{folder.name}" in kept
-    assert "Step: 5000, Train Loss" in "\n".join(kept)
-    assert "50 steps, largest difference of a loss: 0.0" in kept
-    assert set(kept) <= set(printed(shown))  # it could be followed in the terminal
-    assert f"Made:\n  runs/{folder.name}/main.html" in shown
-    assert (folder / "main.html").stat().st_size > 100_000
-    assert {file.name for file in (story / "checkpoints" / folder.name).glob("*.pt")} >= {
-        "checkpoint_5000.pt",
-        "checkpoint_5050.pt",
-    }
-    displayed = (output for cell in executed.cells for output in cell.get("outputs", []))
-    assert sum("image/png" in output.get("data", {}) for output in displayed) >= 3
-
-    again = printed(run(story, *RUN))
-    assert any(line.endswith("resuming from checkpoint_5050.pt") for line in again)
-    assert any(line.startswith("already at step 5050; ") for line in again)
-    assert any(re.fullmatch(SMOKE_TEST, line) for line in again)
-    shown_steps = r"Step: \d+00, Train Loss|.*global step 50\d\d"
-    losses = [line for line in kept if re.match(shown_steps, line)]
-    assert len(losses) == 50 + 5
-    assert set(losses) <= set(again)
-
-
-def write_cells(story, *sources: str) -> None:
-    cells = [nbformat.v4.new_code_cell(source) for source in sources]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
-
-
-def test_profile_and_settings_reach_the_notebook_and_readers_cells_are_skipped(story):
-    write_cells(story, "from workflow.config import load_config", "print(load_config())", "%no")
-    notebook = nbformat.read(story / "main.ipynb", as_version=4)
-    notebook.cells[2].metadata["tags"] = [SKIPPED]
-    nbformat.write(notebook, story / "main.ipynb")
-    environment = os.environ | {"SMOLLM_SET": "run.seed=1 train.steps=8"}
-    command = [sys.executable, *RUN, "--set", "train.steps=9"]
-    shown = subprocess.check_output(command, cwd=story, env=environment, text=True)
-    changed = "changed: run.seed=1, train.steps=8, train.steps=9"
-    assert f"Profile ci: as SMOLLM_PROFILE says; {changed}\n" in shown
-
-
-@pytest.mark.parametrize(
-    ("source", "code", "words"),
-    [
-        ("1 / 0", 1, "ZeroDivisionError: division by zero; see how far"),
-        ("raise errors.SourceError('a', 'b', 'c')", 5, "SourceError: a: b; c; see how far"),
-    ],
+# parts of cells
+SETUP = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "load_corpus(")
+SETUP += ("open_run(",)
+TRAIN, RESUME, COMPARE = "run.train(config.train.steps)", "resume_run(", "assert resumed == "
+SMOKE_TEST = "training.smoke_test("
+SHORT_STORY = (
+    "train.validate_every=100 train.checkpoint_every=100 sample.every=100 sample.new_tokens=8 "
+    "mutations.steps=1 proof.quick=true proof.new_tokens=4"
 )
-def test_a_notebook_that_fails_is_kept_and_its_error_is_one_line(story, source, code, words):
-    write_cells(story, f"from workflow import errors\nprint(1)\n{source}")
-    result = subprocess.run([sys.executable, *RUN], cwd=story, capture_output=True, text=True)
-    assert result.returncode == code
-    assert result.stderr.splitlines()[-1].startswith(f"error: main.ipynb: {words}")
-    kept = nbformat.read(story / "runs" / "failed.ipynb", as_version=4)
-    assert kept.cells[0].outputs[0].text == "1\n"
-
-
-def test_a_wrong_setting_is_refused_before_the_kernel_starts(here, story):
-    code, _, error = here("run", "--set", "train.steps=-1")
-    assert code == 2 and "train.steps: -1 does not fit" in error
-    assert not (story / "runs").exists()
-
-
-def test_without_its_notebook_it_says_so_in_one_line(here, story):
-    (story / "main.ipynb").unlink()
-    code, _, error = here("run")
-    assert code == 2 and error.startswith("error: main.ipynb: there is no such file; ")
-
-
-# --- stops ----------------------------------------------------------------------------------------
-
-OPENING = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "load_corpus(")
-OPENING += ("open_run(",)
-TRAINING = "run.train(config.train.steps)"
-RESUMING, COMPARED = "resume_run(", "assert resumed == "
-STOPPED_LINE = "Stopped; the same command continues\n"
 
 
 def cell_with(part: str) -> nbformat.NotebookNode:
@@ -173,178 +35,213 @@ def cell_with(part: str) -> nbformat.NotebookNode:
     return found
 
 
-def alive(story) -> list[str]:
-    """The processes that work in a folder."""
+def streams(notebook) -> str:
+    """All that a notebook printed."""
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    return "".join(output.text for output in outputs if output.output_type == "stream")
+
+
+def test_the_notebook_defines_and_installs_nothing_and_its_cells_are_short():
+    nodes = list(ast.walk(ast.parse("\n".join(CELLS))))
+    assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in nodes)
+    assert not re.search(r"pip install|google\.colab", "\n".join(CELLS))
+    lengths = sorted(len(cell.source.splitlines()) for cell in CODE)
+    assert lengths[-1] <= 15 and lengths[len(lengths) // 2] <= 7
+
+
+def test_the_committed_output_belongs_to_the_code():
+    """Or there is no output: `make notebook-run` makes it, `make notebook-strip` removes it."""
+    from workflow.tools import stamp
+
+    counts = [cell.execution_count for cell in CODE]
+    if not any(cell.outputs for cell in CODE):
+        assert set(counts) == {None}
+        return
+    assert counts == [*range(1, len(CELLS) + 1), None]  # the last cell is for readers
+    kinds = {output.output_type for cell in CODE for output in cell.outputs}
+    assert kinds <= {"stream", "execute_result", "display_data"}
+    stamped = re.search(rf"^{stamp.CELLS_HASH} +(\w+)$", streams(NOTEBOOK), re.MULTILINE)
+    assert stamped[1] == stamp.cells_sha256(ROOT / "main.ipynb")
+    assert not re.search(r"^made .*\+$", streams(NOTEBOOK), re.MULTILINE)  # +: uncommitted code
+    assert (ROOT / "main.ipynb").stat().st_size < 800_000
+    assert "\r" not in streams(NOTEBOOK)
+
+
+def printed_lines(text: str) -> list[str]:
+    """The lines of a text, without progress bars, dates and measured times."""
+    lines = (line.rpartition("\r")[2].strip() for line in text.splitlines())
+    varying = r"\d+%\||^About | checks in |checks passed|^peak memory|^made |^steps \d"
+    return [line for line in lines if line and not re.search(varying, line)]
+
+
+def write_cells(story, *sources: str) -> None:
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    cells[-1].metadata["tags"] = [SKIP_TAG] if sources[-1] == "%no" else []
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
+
+
+def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, story, monkeypatch):
+    monkeypatch.setenv("SMOLLM_SET", f"{SHORT_STORY} train.steps=200 train.resume_steps=20")
+    code, shown, error = here(*RUN, "--in-place")
+    assert code == 0, error
+    (folder,) = (story / "runs").glob("ci-[0-9a-f]*")
+    executed = nbformat.read(folder / "main.ipynb", as_version=4)
+    assert nbformat.read(story / "main.ipynb", as_version=4) == executed
+    lines = printed_lines(streams(executed))
+    assert f"Run folder: runs/{folder.name}" in lines
+    assert "20 steps, largest difference of a loss: 0.0" in lines
+    assert set(lines) <= set(printed_lines(shown))  # the terminal shows all of it
+    assert f"Made:\n  runs/{folder.name}/main.html" in shown
+    assert (folder / "main.html").stat().st_size > 100_000
+    checkpoints = {file.name for file in (story / "checkpoints" / folder.name).glob("*.pt")}
+    assert checkpoints == {"checkpoint_200.pt", "checkpoint_220.pt"}
+    text = (folder / "main.ipynb").read_text("utf-8")
+    assert text.count('"image/png"') >= 3 and text.count('"text/html"') >= 4  # figures, tables
+
+    write_cells(story, *(cell_with(part).source for part in (*SETUP, SMOKE_TEST, TRAIN, RESUME)))
+    code, again, error = here(*RUN)
+    assert code == 0, error
+    again = printed_lines(again)
+    for part in ("resuming from checkpoint_220.pt", "already at step 220; ", "read from its log"):
+        assert any(part in line for line in again), part
+    shown_steps = r"Step: \d+00, Train Loss|.*global step 2\d\d"
+    losses = [line for line in lines if re.match(shown_steps, line)]
+    assert len(losses) == 2 + 5 and set(losses) <= set(again)
+
+
+@pytest.mark.slow
+def test_nbconvert_executes_the_full_notebook(story):
+    """All 5000 + 50 steps of profile ci."""
+    command = "-m jupyter nbconvert --to notebook --execute main.ipynb --output executed.ipynb"
+    environment = os.environ | {"SMOLLM_PROFILE": "ci"}
+    subprocess.run([sys.executable, *command.split()], cwd=story, env=environment, check=True)
+    shown = streams(nbformat.read(story / "executed.ipynb", as_version=4))
+    (folder,) = re.findall(r"^Run folder: runs/(.+)$", shown, re.MULTILINE)
+    checkpoints = {file.name for file in (story / "checkpoints" / folder).glob("*.pt")}
+    assert {"checkpoint_5000.pt", "checkpoint_5050.pt"} <= checkpoints
+    assert len(re.findall(r"Step: \d+00, Train Loss|Step: \d0, Resume Loss", shown)) == 50 + 5
+    assert "50 steps, largest difference of a loss: 0.0" in shown
+
+
+def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(here, story, monkeypatch):
+    source = "from workflow.config import load_config\nprint(load_config())\n"
+    write_cells(story, source + "load_config(overrides=['train.steps=-1'])", "%no")
+    monkeypatch.setenv("SMOLLM_SET", "run.seed=1 train.steps=8")
+    code, shown, error = here(*RUN, settings=["train.steps=9"])
+    changed = "changed: run.seed=1, train.steps=8, train.steps=9"
+    assert f"Profile ci: set by SMOLLM_PROFILE; {changed}\n" in shown
+    executed = nbformat.read(story / "runs" / "failed.ipynb", as_version=4)
+    assert executed.cells[0].outputs[0].text == shown
+    assert executed.cells[1].execution_count is None  # for readers only
+
+    wrong = here("run", settings=["train.steps=-1"])  # refused before a kernel starts
+    command_error = wrong[2].removeprefix("error: ").strip()
+    assert code == wrong[0] == 2 and "train.steps: -1 does not fit" in command_error
+    where = "read the output so far in runs/failed.ipynb"
+    assert error.splitlines()[-1] == f"error: main.ipynb: ConfigError: {command_error}; {where}"
+
+
+def test_without_main_ipynb_the_error_is_one_line(refused, story):
+    (story / "main.ipynb").unlink()
+    assert refused(2, "run").startswith("error: main.ipynb: there is no such file; ")
+
+
+# --- stops ----------------------------------------------------------------------------------------
+
+STOPPED = "Stopped; the same command continues\n"
+
+
+def running(story) -> list[str]:
+    """The other processes that work in a folder."""
     found = []
     for place in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if place.resolve() == story.resolve():
+            if place.resolve() == story.resolve() and place.parent.name != str(os.getpid()):
                 found.append((place.parent / "cmdline").read_text().replace("\0", " "))
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-def test_a_signal_is_passed_on_to_the_kernel_which_saves_and_the_next_continues(story):
-    cells = [cell_with(part).copy() for part in (*OPENING, TRAINING)]
-    cells[0].source = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.log_every=50']"
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
-    command = [sys.executable, *RUN]
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_a_signal_reaches_the_kernel_which_saves_and_the_next_run_continues(here, story):
+    cells = [cell_with(part).source for part in (*SETUP, TRAIN)]
+    cells[0] = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.log_every=50']"
+    write_cells(story, *cells)
     for moment, number in (("Step: 300,", signal.SIGTERM), ("Step: 800,", signal.SIGINT)):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=story, **pipes) as process:
+        with popen(story, python_main(*RUN, settings=())) as process:
             next(line for line in process.stdout if moment in line)
             process.send_signal(number)
             rest, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert re.search(r"^Saved checkpoint_\d+\.pt$", rest, re.MULTILINE)
-        assert errors == STOPPED_LINE
-        assert alive(story) == []
-    run(story, *command[1:])
-    (record,) = (story / "runs").glob("ci-[0-9a-f]*/metrics.jsonl")
-    rows = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 1501))
+        assert errors == STOPPED
+        assert running(story) == []
+    code, _, error = here(*RUN)
+    assert code == 0, error
+    assert list(read_losses(story)) == list(range(1, 1501))
 
 
 def test_a_second_signal_ends_a_kernel_that_does_not_stop(story):
     source = """
 import time
-while True:
+for _ in range(3):
     try:
-        print("at work", flush=True)
-        time.sleep(60)
+        print("working", flush=True)
+        time.sleep(20)
     except KeyboardInterrupt:
         pass"""
     write_cells(story, source)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, *RUN], cwd=story, **pipes) as process:
+    with popen(story, python_main(*RUN, settings=())) as process:
         for _ in range(2):
-            assert process.stdout.readline() == "at work\n"
+            assert process.stdout.readline() == "working\n"
             process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == STOPPED_LINE
-    assert alive(story) == []
-
-
-class Kernel:
-    """A real kernel, as JupyterLab has one, that runs cells of main.ipynb."""
-
-    def __init__(self, story):
-        options = {"cwd": story, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
-        self.manager, self.client = start_new_kernel(**options)
-
-    def run(self, source: str, interrupt_at: str | float | None = None) -> tuple[str, str]:
-        """What a cell prints, and its error ("" for none).
-
-        interrupt_at: press stop once this is printed, or after so many seconds.
-        """
-        printed, stop = [], self.manager.interrupt_kernel
-
-        def hook(message):
-            if message["msg_type"] == "stream":
-                printed.append(message["content"]["text"])
-                if isinstance(interrupt_at, str) and interrupt_at in printed[-1]:
-                    stop()
-
-        if isinstance(interrupt_at, float):
-            threading.Timer(interrupt_at, stop).start()
-        reply = self.client.execute_interactive(source, output_hook=hook, timeout=200)["content"]
-        error = f"{reply['ename']}: {reply['evalue']}" if reply["status"] == "error" else ""
-        return "".join(printed), error
-
-    def run_all(self, **settings) -> str:
-        """Run All Cells; nothing may fail."""
-        everything = ""
-        for cell in EXECUTED:
-            printed, error = self.run(self.with_settings(cell.source, **settings))
-            assert error == "", f"{cell.source}\n{error}"
-            everything += printed
-        return everything
-
-    @staticmethod
-    def with_settings(source: str, **settings) -> str:
-        lines = [f"{name} = {value!r}" for name, value in settings.items()]
-        return "\n".join([source, *lines]) if source.startswith("PROFILE") else source
+    assert errors == STOPPED
+    assert running(story) == []
 
 
 @pytest.fixture
 def kernel(story):
-    kernel = Kernel(story)
-    yield kernel
-    kernel.client.stop_channels()
-    kernel.manager.shutdown_kernel(now=True)
+    """A Jupyter kernel, as JupyterLab starts it."""
+    from jupyter_client.manager import start_new_kernel
 
-
-SETTINGS = {
-    "train.steps": 400,
-    "train.resume_steps": 300,
-    "train.schedule_steps": 700,
-    "train.validate_every": 200,
-    "train.checkpoint_every": 200,
-    "sample.every": 200,
-    "mutations.steps": 1,
-    "proof.new_tokens": 8,
-}
-SHORT = {"PROFILE": "ci", "OVERRIDES": [f"{key}={value}" for key, value in SETTINGS.items()]}
-
-
-def losses(story) -> dict[int, float]:
-    """Of the record; no step may be in it twice."""
-    (record,) = (story / "runs").glob("ci-[0-9a-f]*/metrics.jsonl")
-    rows = [json.loads(line) for line in record.read_text().splitlines()]
-    found = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    assert len(found) == sum("loss" in row for row in rows)
-    return found
+    options = {"cwd": story, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    manager, client = start_new_kernel(**options)
+    yield manager, client
+    client.stop_channels()
+    manager.shutdown_kernel(now=True)
 
 
 @pytest.mark.slow
-def test_each_long_cell_can_be_stopped_and_run_again_and_all_of_them_too(story, kernel):
-    for part in OPENING:
-        kernel.run(kernel.with_settings(cell_with(part).source, **SHORT))
-    for part, moment, saved in (
-        (TRAINING, "Step: 200,", True),
-        (TRAINING, None, True),
-        (RESUMING, 0.5, False),  # while it continues, unlogged
-        (RESUMING, "Resume Loss", True),
-        (RESUMING, None, True),
-    ):
-        shown, error = kernel.run(cell_with(part).source, interrupt_at=moment)
-        assert error.startswith("KeyboardInterrupt" if moment else "") and bool(moment) == bool(
-            error
-        )
-        assert saved == ("Saved checkpoint_" in shown), shown
-    shown, error = kernel.run(cell_with(COMPARED).source)
-    assert error == "" and "300 steps, largest difference of a loss: 0.0" in shown
-    stopped = losses(story)
-    assert list(stopped) == list(range(1, 701))
+def test_long_cells_can_be_interrupted_and_run_again(story, kernel):
+    manager, client = kernel
 
-    first = kernel.run_all(**SHORT)
-    assert "already at step 700; " in first
-    again = kernel.run_all(**SHORT)
-    assert set(printed(again)) == set(printed(first))
-    assert any(re.fullmatch(SMOKE_TEST, line) for line in printed(first))
-    alone, error = kernel.run(cell_with(TRAINING).source)
-    assert error == "" and alone in first
-    assert losses(story) == stopped
+    def run(source: str, interrupt_at: str | None = None) -> str:
+        """What a cell prints. It may fail only with the KeyboardInterrupt, once that is printed."""
+        printed = ""
 
-    shutil.rmtree(story / "runs"), shutil.rmtree(story / "checkpoints")
-    sets = [part for setting in SHORT["OVERRIDES"] for part in ("--set", setting)]
-    run(story, "main.py", "train", *sets)
-    assert losses(story) == {step: loss for step, loss in stopped.items() if step <= 400}
+        def hook(message):
+            nonlocal printed
+            if message["msg_type"] == "stream":
+                printed += message["content"]["text"]
+                if interrupt_at and interrupt_at in message["content"]["text"]:
+                    manager.interrupt_kernel()
 
+        reply = client.execute_interactive(source, output_hook=hook, timeout=200)["content"]
+        assert reply.get("ename") == ("KeyboardInterrupt" if interrupt_at else None), reply
+        return printed
 
-def test_an_error_has_the_same_words_in_the_notebook_and_on_the_command_line(story, kernel):
-    for part in OPENING[:2]:
-        kernel.run(kernel.with_settings(cell_with(part).source, OVERRIDES=["train.steps=-1"]))
-    _, error = kernel.run(cell_with("load_config(").source)
-    command = [sys.executable, "main.py", "train", "--set", "train.steps=-1"]
-    result = subprocess.run(command, cwd=story, capture_output=True, text=True)
-    assert result.stderr == f"error: {error.partition(': ')[2]}\n"
-
-
-@pytest.mark.slow
-def test_plain_nbconvert_executes_it_too(story):
-    command = ["-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "main.ipynb"]
-    run(story, *command, "--output", "executed.ipynb")
-    assert "Run folder: " in outputs(nbformat.read(story / "executed.ipynb", as_version=4))
+    overrides = f"{SHORT_STORY} train.steps=400 train.resume_steps=100".split()
+    first_cell = f"PROFILE, OVERRIDES = 'ci', {overrides}"
+    setup = [first_cell, *(cell_with(part).source for part in SETUP[1:])]
+    list(map(run, setup))
+    for part, moment in ((TRAIN, "Step: 200,"), (RESUME, "Resume Loss")):
+        for interrupt_at in (moment, None):
+            assert "Saved checkpoint_" in run(cell_with(part).source, interrupt_at)
+    assert "100 steps, largest difference of a loss: 0.0" in run(cell_with(COMPARE).source)
+    losses = read_losses(story)
+    assert list(losses) == list(range(1, 501))
+    again = [run(source) for source in (*setup, cell_with(TRAIN).source, cell_with(RESUME).source)]
+    assert "already at step 500; " in "".join(again)
+    assert read_losses(story) == losses

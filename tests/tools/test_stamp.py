@@ -1,4 +1,4 @@
-"""The stamp says which code made a notebook, and which steps were computed when."""
+"""The stamp names the code of a notebook, and when each step was computed."""
 
 from types import SimpleNamespace
 
@@ -10,20 +10,18 @@ from conftest import ROOT
 from workflow.tools import stamp
 
 
-def test_the_hash_is_of_the_code_cells_alone(tmp_path):
-    story, file = new_notebook(cells=[new_code_cell("a = 1")]), tmp_path / "story.ipynb"
-    nbformat.write(story, file)
-    before = stamp.cells_sha256(file)
-    story.cells[0].outputs = [new_output("stream", text="out")]
-    story.cells.append(new_markdown_cell("words"))
-    nbformat.write(story, file)
-    assert stamp.cells_sha256(file) == before
-    story.cells[0].source = "a = 2"
-    nbformat.write(story, file)
-    assert stamp.cells_sha256(file) != before
+def test_the_hash_depends_only_on_the_code(tmp_path):
+    def sha256(source, *more_cells, outputs=()):
+        cells = [new_code_cell(source, outputs=list(outputs)), *more_cells]
+        nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
+        return stamp.cells_sha256(tmp_path / "a.ipynb")
+
+    output = new_output("stream", text="out")
+    assert sha256("a = 1") == sha256("a = 1", new_markdown_cell("text"), outputs=[output])
+    assert sha256("a = 1") != sha256("a = 2")
 
 
-def test_steps_are_listed_by_when_and_by_which_commit_they_were_computed():
+def test_each_part_of_a_run_has_its_date_and_commit():
     rows = [
         {"step": 0, "began": "Monday", "commit": "a"},
         {"step": 1, "loss": 2.0},

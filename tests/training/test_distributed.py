@@ -1,156 +1,112 @@
-"""Several processes, as torchrun starts them: the curve, the resume, a process that is lost."""
+"""Training in several processes: the same losses as in one, exact resume, signals, a lost process.
 
-import json
-import os
+One test starts torchrun; the others fork, so that no process has to import torch again.
+"""
+
 import re
+import shutil
 import signal
-import subprocess
+import socket
 import sys
-import time
+from pathlib import Path
 
-import psutil
 import pytest
-import torch
 
+from conftest import ROOT, Fork, fork_main, options, overrides, popen, read_losses
 from workflow.errors import WorkflowError
-from workflow.training import distributed
-from workflow.training.step import slice_of_batch
-
-SHORT = (
-    "train.batch_size=4",
-    "train.steps=40",
-    "train.log_every=10",
-    "train.validate_every=20",
-    "train.validation_tokens=320",
-    "train.checkpoint_every=10",
-)
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+from workflow.files import sha256_of
+from workflow.training import checkpoint
+from workflow.training.step import batch_slice
 
 
-@pytest.fixture
-def torchrun(story):
-    """Starts `main.py train` of the ci profile in some processes; its files lie in `name`."""
-    started = []
-
-    def start(count: int, name: str, *more: str, command: str = "train") -> subprocess.Popen:
-        folders = [f"paths.checkpoints={name}/checkpoints", f"paths.runs={name}/runs"]
-        settings = [f"--set={word}" for word in (*SHORT, *folders, *more)]
-        launch = [*LAUNCH, str(count)] if count > 1 else [sys.executable]
-        arguments = settings if command == "train" else []
-        started.append(
-            subprocess.Popen(
-                [*launch, "main.py", command, "--profile", "ci", *arguments],
-                cwd=story,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+def command(name: str, folder: Path, *more: str) -> list[str]:
+    """`main.py train` or `resume`, with all files in `folder`."""
+    short = ("train.batch_size=8", "train.log_every=1", "train.checkpoint_every=5")
+    words = [name, *map(str, folder.glob("checkpoints/*"))] if name == "resume" else [name]
+    return [*words, *options(*overrides(folder, *short, *more))]
 
 
-def ended(process: subprocess.Popen) -> str:
-    """What it has printed, when it is done."""
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, printed
+def fork_ranks(count: int, arguments: list[str]) -> list[Fork]:
+    """Starts the processes of one run, as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    address["WORLD_SIZE"] = str(count)
+    return [
+        fork_main(ROOT, *arguments, settings=(), RANK=str(rank), **address) for rank in range(count)
+    ]
+
+
+def finish(ranks: list[Fork]) -> str:
+    """The output of the main process, if all exit with 0."""
+    (code, printed), *others = [rank.finish() for rank in ranks]
+    assert {code, *(code for code, _ in others)} == {0}, printed
     return printed
 
 
-def seen(process: subprocess.Popen, words: str) -> None:
-    """Waits until these words are printed."""
-    assert any(words in line for line in process.stdout)
+def load(folder: Path) -> dict:
+    (file,) = folder.glob("checkpoints/*/checkpoint_20.pt")
+    return checkpoint.load(file)
 
 
-def losses(story, name: str) -> list[float]:
-    (file,) = story.glob(f"{name}/runs/*/metrics.jsonl")
-    rows = map(json.loads, file.read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
+def test_torchrun_with_two_processes_has_the_losses_of_one(tmp_path, reference):
+    """Both resume a run at step 10: `resume` does not import transformers."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    settings = ("train.steps=10", "train.resume_steps=10")
+    finish(fork_ranks(1, command("train", folders[0], *settings)))
+    shutil.copytree(*folders, ignore=shutil.ignore_patterns("events.*"))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    torchrun += ["main.py", *command("resume", folders[1], *settings)]
+    two = popen(ROOT, torchrun)
+    finish(fork_ranks(1, command("resume", folders[0], *settings)))
+    printed, errors = two.communicate(timeout=120)
+    assert two.returncode == 0, errors
+    losses = read_losses(folders[1])
+    assert losses == pytest.approx(read_losses(folders[0]), rel=1e-5) and len(losses) == 20
+    for words in ("Profile ci", "no longer bit-exact", "Saved checkpoint_20.pt"):
+        assert printed.count(words) == 1
+    assert len(list(folders[1].glob("runs/*/events.out.tfevents.*"))) == 1
+    one, other = map(load, folders)
+    assert one["config"] == other["config"]
+    assert [state["environment"]["processes"] for state in (one, other)] == [1, 2]
 
 
-def state(story, name: str, step: int = 40) -> dict:
-    (file,) = story.glob(f"{name}/checkpoints/*/checkpoint_{step}.pt")
-    return torch.load(file, weights_only=True)
+def test_after_a_killed_process_all_end_and_the_resume_is_exact(tmp_path, reference):
+    """With four processes and two micro-batches each, the order of sums matters."""
+    micro_batches = "train.micro_batch_size=1"
+    finish(fork_ranks(4, command("train", tmp_path / "expected", micro_batches)))
+    arguments = command("train", tmp_path / "killed", micro_batches)
+    *ranks, killed = fork_ranks(4, arguments)
+    ranks[0].wait_for("Saved checkpoint_10.pt")
+    killed.send_signal(signal.SIGKILL)
+    assert killed.finish()[0] == -signal.SIGKILL
+    for rank in ranks:
+        code, printed = rank.finish()
+        assert code == 1
+        assert "another process of this run has ended; start the same command again" in printed
+    assert "resuming from checkpoint_1" in finish(fork_ranks(4, arguments))
+    assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "expected")
+    digests = [sha256_of(checkpoint.flatten(load(tmp_path / f))) for f in ("killed", "expected")]
+    assert digests[0] == digests[1]
 
 
-def same(one: dict, other: dict) -> bool:
-    """Whether weights and moments are equal, bit for bit."""
-    moments = [torch.cat([m["exp_avg_sq"].flatten() for m in s["optimizer"]["state"].values()])
-               for s in (one, other)]  # fmt: skip
-    weights = all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    return weights and torch.equal(*moments)
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, reference, number, exit_code):
+    endless = "train.steps=4000", "train.checkpoint_every=4000"
+    ranks = fork_ranks(2, command("train", tmp_path, *endless))
+    ranks[0].wait_for("Step: 3,")
+    ranks[1].send_signal(number)
+    (code, printed), (other_code, _) = [rank.finish() for rank in ranks]
+    assert code == other_code == exit_code
+    (step,) = re.findall(r"Saved checkpoint_(\d+)\.pt", printed)
+    assert len(read_losses(tmp_path)) == int(step) >= 3
 
 
-def test_two_processes_have_the_curve_of_one_and_only_the_first_writes(torchrun, story):
-    printed = ended(torchrun(2, "two"))
-    ended(torchrun(1, "one"))
-    assert losses(story, "two") == pytest.approx(losses(story, "one"), rel=1e-5)
-    assert len(losses(story, "two")) == 40
-    assert printed.count("Saved checkpoint_40.pt") == printed.count("Profile ci") == 1
-    assert len(list(story.glob("two/runs/*/events.out.tfevents.*"))) == 1
-    assert state(story, "two")["environment"]["processes"] == 2
-    assert state(story, "two")["config"] == state(story, "one")["config"]
+def test_a_command_for_one_process_refuses_torchrun(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun has started several processes; start it" in refused(2, "verify")
 
 
-@pytest.mark.parametrize(
-    "count", [2, pytest.param(4, marks=pytest.mark.slow, id="4")], ids=lambda count: str(count)
-)
-def test_a_killed_process_ends_the_run_at_once_and_the_resume_is_exact(torchrun, story, count):
-    accumulated = "train.micro_batch_size=1"  # with two processes, two parts each
-    ended(torchrun(count, "whole", accumulated))
-    process = torchrun(count, "cut", accumulated, "train.steps=40")
-    seen(process, "Saved checkpoint_20.pt")
-    killed, began = psutil.Process(process.pid).children()[-1], time.monotonic()
-    killed.kill()
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert time.monotonic() - began < 20
-    told = "another process of this run has ended; start the same command again" in printed
-    assert told or "exitcode  : 143" in printed  # torchrun's own SIGTERM can come before
-    assert "resuming from checkpoint_" in ended(torchrun(count, "cut", accumulated))
-    assert losses(story, "cut") == losses(story, "whole")
-    assert same(state(story, "cut"), state(story, "whole"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_all_at_the_same_step_and_another_count_goes_on(torchrun, story, number):
-    more = ("train.steps=4000", "train.schedule_steps=4000", "train.checkpoint_every=4000")
-    process = torchrun(2, "cut", *more)
-    seen(process, "Step: 20,")
-    os.killpg(process.pid, number)  # as Ctrl-C in a terminal
-    printed, _ = process.communicate(timeout=60)
-    assert "another process" not in printed
-    (saved,) = re.findall(r"Saved (checkpoint_\d+\.pt)", printed)
-    again = torchrun(1, "cut", *more)
-    seen(again, f"resuming from {saved}")
-    seen(again, "no longer bit-exact")
-
-
-@pytest.mark.parametrize(
-    ("command", "setting", "words"),
-    [
-        ("verify", "", "this command: torchrun has started several processes"),
-        ("train", "train.batch_size=3", "3 is not a multiple of 2 processes"),
-    ],
-)
-def test_what_cannot_be_shared_is_told_in_one_line(torchrun, command, setting, words):
-    process = torchrun(2, "x", *filter(None, [setting]), command=command)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert words in printed
-
-
-def test_the_shares_make_up_the_batch(monkeypatch):
-    shares = []
-    for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        shares += list(range(12))[slice_of_batch(12, 3, 4)]
-    assert shares == list(range(12))
-    with pytest.raises(WorkflowError, match="12 is not a multiple of 4 processes times micro_"):
-        slice_of_batch(12, 2, 4)
+def test_a_batch_that_cannot_be_divided_evenly_is_refused():
+    with pytest.raises(WorkflowError, match="12 is not a multiple of 4 processes times micro_b"):
+        batch_slice(12, 2, 4)

@@ -1,8 +1,9 @@
-"""One training step: loss, rate, optimizer; micro-batches, bfloat16, numbers not finite."""
+"""One training step: loss, learning rate, optimizer, micro-batches, bfloat16, NaN."""
 
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from workflow.training.step import (
     CHUNK,
     NextTokenLoss,
     TrainStep,
-    evaluating,
+    eval_mode,
     learning_rate,
     make_optimizer,
 )
@@ -29,9 +30,9 @@ def model(config) -> LlamaModel:
     return LlamaModel(config.train_architecture)
 
 
-def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model):
-    tokens = torch.randint(257, (2, 17))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+@pytest.mark.parametrize("shape", [(2, 16), (5, CHUNK // 4)])  # one chunk of logits, and two
+def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model, shape):
+    inputs, targets = torch.randint(257, (2, *shape))
     loss = NextTokenLoss(model)(inputs, targets)
     loss.backward()
     gradient = model.embed_tokens.weight.grad.clone()
@@ -42,16 +43,13 @@ def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model):
     torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
 
 
-def test_the_rate_warms_up_falls_and_stays(config):
-    settings = config.train.model_copy(
-        update={
-            "learning_rate": 1.0,
-            "min_learning_rate": 0.1,
-            "warmup_steps": 10,
-            "schedule_steps": 110,
-        }
-    )
+def test_the_learning_rate_warms_up_decays_and_then_stays(config):
+    rates = {"learning_rate": 1.0, "min_learning_rate": 0.1}
+    schedule = {"warmup_steps": 10, "schedule_steps": 110}
+    settings = config.train.model_copy(update=rates | schedule)
     rates = [learning_rate(step, settings) for step in range(200)]
+    other_stop = settings.model_copy(update={"steps": 9999, "resume_steps": 1})
+    assert rates == [learning_rate(step, other_stop) for step in range(200)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55)
@@ -59,7 +57,7 @@ def test_the_rate_warms_up_falls_and_stays(config):
     assert all(a > b for a, b in itertools.pairwise(rates[10:111]))
 
 
-def test_the_published_recipe_is_constant_until_its_last_fifth():
+def test_the_learning_rate_of_the_published_recipe_is_constant_until_the_last_fifth():
     """huggingface/smollm, text/pretraining/smollm2: 3e-3 for 1.05 M tokens an update."""
     config = load_config(ROOT / "SmolLm3_Config.yaml", "pretrain")
     train = config.train
@@ -68,30 +66,20 @@ def test_the_published_recipe_is_constant_until_its_last_fifth():
     assert rates[5] == pytest.approx(3e-3 * share**0.5, rel=1e-2)
     assert set(rates[5:4041]) == {rates[5]}
     assert rates[4545] == pytest.approx(rates[5] / 2) and set(rates[5050:]) == {0.0}
-    assert (train.weight_decay, train.betas, train.max_grad_norm) == (0.01, (0.9, 0.95), 1.0)
-    assert config.train_architecture.initializer_range == pytest.approx(1 / 24)
-    assert train.warmup_steps / train.schedule_steps == pytest.approx(2000 / 2e6, rel=0.02)
 
 
-def test_the_rate_does_not_depend_on_where_the_run_stops(config):
-    longer = config.train.model_copy(update={"steps": 9999, "resume_steps": 1})
-    assert [learning_rate(s, longer) for s in range(30)] == [
-        learning_rate(s, config.train) for s in range(30)
-    ]
-
-
-def test_the_optimizer_has_every_parameter_once_and_only_matrices_decay(model, config):
+def test_the_optimizer_has_each_parameter_once_and_weight_decay_only_on_matrices(model, config):
     optimizer = make_optimizer(model, config.train)
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    found = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, found)) == sorted(map(id, model.parameters()))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert (group["weight_decay"] > 0) == (parameter.ndim >= 2)
 
 
-def test_dropout_is_off_while_evaluating_and_comes_back(model):
+def test_eval_mode_ends_with_its_block(model):
     model.train()
-    with pytest.raises(KeyboardInterrupt), evaluating(model):
+    with pytest.raises(KeyboardInterrupt), eval_mode(model):
         assert not model.training
         raise KeyboardInterrupt
     assert model.training
@@ -101,8 +89,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def updates(config):
-    """Some updates with these settings: the model afterwards, and the rows."""
+def train_steps(config):
+    """Does three steps with these settings; gives the model and the rows."""
     tokens = torch.randint(257, (3, 4, 33), generator=torch.Generator().manual_seed(0))
 
     def run(**settings) -> tuple[LlamaModel, list[dict]]:
@@ -121,61 +109,42 @@ def distance(one: LlamaModel, other: LlamaModel) -> float:
     return max((a - b).abs().max().item() for a, b in zip(one.parameters(), other.parameters()))
 
 
-def test_parts_of_a_batch_add_up_to_it(updates):
-    (whole, rows), (parts, other) = updates(), updates(micro_batch_size=1)
-    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
-    norms = [[row["gradient_norm"] for row in side] for side in (rows, other)]
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
-    assert distance(whole, parts) < 1e-6
+@pytest.mark.parametrize(
+    ("settings", "largest"),
+    [
+        ({"micro_batch_size": 1}, 1e-6),
+        ({"activation_checkpointing": True}, 0),
+        pytest.param({"compile": True}, 1e-5, marks=pytest.mark.slow),
+    ],
+)
+def test_ways_to_compute_a_step_differ_only_by_rounding(train_steps, settings, largest):
+    (model, rows), (other_model, other_rows) = train_steps(), train_steps(**settings)
+    assert distance(model, other_model) <= largest
+    for row, other in zip(rows, other_rows):
+        assert other["loss"] == pytest.approx(row["loss"], rel=largest)
+        assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=10 * largest)
 
 
-def test_recomputed_layers_change_no_bit(updates):
-    (kept, rows), (recomputed, other) = updates(), updates(activation_checkpointing=True)
-    assert distance(kept, recomputed) == 0
-    assert [row["loss"] for row in rows] == [row["loss"] for row in other]
-
-
-@pytest.mark.slow
-def test_compiled_updates_are_the_same_but_for_rounding(updates):
-    (eager, rows), (compiled, other) = updates(), updates(compile=True)
-    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
-    assert distance(eager, compiled) < 1e-5
-
-
-def test_without_a_compiler_the_steps_are_not_compiled_and_it_is_said(updates, monkeypatch, capsys):
+def test_without_a_compiler_steps_are_not_compiled_and_a_note_is_printed(
+    train_steps, monkeypatch, capsys
+):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    assert hardware.compiler() is None
-    assert distance(updates()[0], updates(compile=True)[0]) == 0
+    assert hardware.find_cpp_compiler() is None
+    assert distance(train_steps()[0], train_steps(compile=True)[0]) == 0
     assert capsys.readouterr().out.count("Note: no C++ compiler here") == 1
 
 
-def test_in_bfloat16_weights_and_loss_stay_float32(updates):
-    (exact, rows), (rounded, other) = updates(), updates(precision="bfloat16")
+def test_in_bfloat16_weights_and_loss_stay_float32(train_steps):
+    (exact, rows), (rounded, other) = train_steps(), train_steps(precision="bfloat16")
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in rounded.parameters())
     for row, low in zip(rows, other):
         assert 0 < abs(row["loss"] - low["loss"]) < 3e-3
         assert torch.tensor(low["loss"]).bfloat16().item() != low["loss"]
-    assert 0 < distance(exact, rounded) < 3e-3  # three updates at a rate of up to 1e-4
+    assert 0 < distance(exact, rounded) < 3e-3
 
 
-def test_logits_in_chunks_give_the_same_loss_and_gradient(config):
-    torch.manual_seed(0)
-    model = LlamaModel(config.train_architecture)
-    inputs, targets = torch.randint(257, (2, 5, CHUNK // 4))
-    assert inputs.numel() > CHUNK
-    NextTokenLoss(model)(inputs, targets).backward()
-    gradient = model.embed_tokens.weight.grad.clone()
-    model.zero_grad()
-    expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-    expected.backward()
-    torch.testing.assert_close(NextTokenLoss(model)(inputs, targets), expected)
-    torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
-
-
-def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
-    torch.manual_seed(0)
-    model = LlamaModel(config.train_architecture)
+def test_after_a_number_that_is_not_finite_steps_change_nothing(config, model):
     train_step = TrainStep(model, config.train, CPU)
     batch = torch.ones(2, 1, 8, dtype=torch.long)
     train_step(0, *batch)
@@ -184,7 +153,7 @@ def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
     scale[0] = math.nan
     train_step(1, *batch)
     scale[0] = before[0]["norm.weight"][0]
-    train_step(2, *batch)  # its own numbers are good
+    train_step(2, *batch)  # the numbers of this step are finite
     torch.testing.assert_close(model.state_dict(), before[0], rtol=0, atol=0)
     now = train_step.optimizer.state_dict()["state"]
     torch.testing.assert_close(now, before[1], rtol=0, atol=0)
@@ -193,18 +162,8 @@ def test_after_numbers_that_are_not_finite_nothing_changes_any_more(config):
     assert caught.value.step == 1
 
 
-def test_the_operations_of_a_token_are_6_n_and_6_l_t_c():
+def test_operations_per_token_are_6_n_plus_6_l_t_c():
     config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").train_architecture
     assert hardware.flops_per_token(config, 1024) == 6 * 134_515_008 + 6 * 30 * 1024 * 576
-    untied = config.__class__(**{**vars(config), "tie_word_embeddings": False})
+    untied = replace(config, tie_word_embeddings=False)
     assert hardware.flops_per_token(untied, 1024) == hardware.flops_per_token(config, 1024)
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce", None)],
-)
-def test_the_peak_is_that_of_the_card(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert hardware.peak_flops(torch.device("cuda")) == peak
-    assert hardware.peak_flops(CPU) is None

@@ -1,6 +1,6 @@
-"""Looking at a model: evaluation, generated text, states, interpretability, figures."""
+"""Analysis of a model: evaluation, generated text, states, interpretability, figures."""
 
-from workflow.analysis.evaluation import Evaluation, compare_models, evaluate, unigram_loss
+from workflow.analysis.evaluation import Evaluation, evaluate, evaluate_models, unigram_loss
 from workflow.analysis.generation import (
     prepare_for_generation,
     prompt_ids,
@@ -8,5 +8,5 @@ from workflow.analysis.generation import (
     stream_text,
 )
 
-__all__ = ["Evaluation", "compare_models", "evaluate", "prepare_for_generation", "prompt_ids"]
+__all__ = ["Evaluation", "evaluate", "evaluate_models", "prepare_for_generation", "prompt_ids"]
 __all__ += ["sampling_options", "stream_text", "unigram_loss"]

@@ -1,4 +1,4 @@
-"""Loss and perplexity with their protocol, and the loss of a model that knows only word counts."""
+"""Loss and perplexity of a model on a text, and the loss of a unigram model."""
 
 import math
 import sys
@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from workflow.analysis.states import hidden
 
-TOKENS_AT_ONCE = 4096  # in one forward
-LOGITS_AT_ONCE = 1024  # rows of 49152 floats each: 200 MB
+MAX_TOKENS = 4096  # in one forward pass
+MAX_LOGITS = 1024  # rows of 49152 floats at the same time: 200 MB
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per token, the mean over the `tokens` that were scored; protocol: in words.
+    """loss: nats per token, the mean over all scored `tokens`.
 
-    The figures per word and byte compare across tokenizers; they are NaN if there is no text.
+    The values per word and per byte do not depend on the tokenizer. They are NaN without a text.
     """
 
     tokens: int
@@ -29,53 +29,53 @@ class Evaluation:
     perplexity: float
     word_perplexity: float  # words are separated by white space
     bits_per_byte: float
-    protocol: str
+    protocol: str  # size and stride of the windows
 
     def __str__(self) -> str:
-        figures = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}, word perplexity "
-        figures += f"{self.word_perplexity:.4f}, {self.bits_per_byte:.4f} bits a byte"
-        return f"{figures} over {self.tokens} tokens ({self.protocol})"
+        values = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}, word perplexity "
+        values += f"{self.word_perplexity:.4f}, {self.bits_per_byte:.4f} bits per byte"
+        return f"{values} over {self.tokens} tokens ({self.protocol})"
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, tokens: np.ndarray, window: int, stride: int | None = None, text: str = ""
 ) -> Evaluation:
-    """Scores token ids (N,) in windows of `window` that start every `stride` (default: window).
+    """The loss on token ids (N,), in windows of `window` tokens that start every `stride` tokens.
 
-    Each token is scored once, with the most context that a window gives it; the first of a window
-    without overlap has none and is not scored. A last, shorter window is scored too.
-    model: a `LlamaModel` or the Llama of transformers. text: that of `tokens`, for the figures per
-    word and byte. Raises ValueError for a stride or tokens that do not fit.
-    Follows huggingface.co/docs/transformers/perplexity.
+    stride: by default `window`. Each token is scored once, in the window where it has the most
+    context. Without overlap, the first token of a window has no context: it is not scored. The last
+    window may be shorter. model: a `LlamaModel` or the Llama of transformers. text: the text of
+    `tokens`, for the values per word and per byte. Raises ValueError for a wrong stride or fewer
+    than two tokens. Follows huggingface.co/docs/transformers/perplexity.
     """
     stride = window if stride is None else stride
     if not 0 < stride <= window:
-        raise ValueError(f"stride {stride} must lie between 1 and window {window}")
-    if (most := min(window, len(tokens))) < 2:
-        raise ValueError(f"{most} tokens are too few to score one")
+        raise ValueError(f"stride {stride} must be between 1 and window {window}")
+    if (length := min(window, len(tokens))) < 2:
+        raise ValueError(f"the window has {length} tokens, it needs 2 or more")
     ids = torch.tensor(tokens, dtype=torch.long, device=next(model.parameters()).device)
     bar = {"desc": "Evaluating", "unit": "batch", "delay": 2, "leave": False, "file": sys.stdout}
     total, scored = 0.0, 0
     for batch, new in tqdm(list(windows(ids, window, stride)), **bar):
         states = hidden(model, batch[:, :-1])[:, -new:].flatten(0, 1)
         targets = batch[:, -new:].flatten()
-        for x, y in zip(states.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE)):
+        for x, y in zip(states.split(MAX_LOGITS), targets.split(MAX_LOGITS)):
             total += F.cross_entropy(model.lm_head(x).float(), y, reduction="sum").item()
         scored += len(targets)
     loss, protocol = total / scored, f"windows of {window} tokens every {stride}"
     by_word = loss * len(ids) / (len(text.split()) or math.nan)
     bits = loss / math.log(2) * len(ids) / (len(text.encode()) or math.nan)
-    # torch, because a text without white space is one long word: infinite, where math.exp raises
+    # torch: a text without white space is one long word, for which math.exp would raise an error
     perplexities = torch.tensor([loss, by_word], dtype=torch.float64).exp().tolist()
     return Evaluation(scored, loss, *perplexities, bits, protocol)
 
 
 def windows(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, int]]:
-    """Batches (B, T) of windows over ids (N,), and how many tokens at each one's end to score."""
-    size, window = max(TOKENS_AT_ONCE // window, 1), min(window, len(ids))
+    """Batches (B, T) of windows of ids (N,); the last so many tokens of each window are scored."""
+    size, window = max(MAX_TOKENS // window, 1), min(window, len(ids))
     full = ids.unfold(0, window, stride)
-    if overlap := stride < window:  # the first has more to score than those after it
+    if overlap := stride < window:  # in the first window, more tokens are scored
         yield full[:1], window - 1
     for first in range(int(overlap), len(full), size):
         yield full[first : first + size], min(stride, window - 1)
@@ -84,12 +84,12 @@ def windows(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, int
         yield rest[None], new
 
 
-def compare_models(
+def evaluate_models(
     models: Mapping[str, nn.Module], texts: Mapping[str, np.ndarray], tokenizer, window: int
 ):
-    """Evaluates every model on every text (token ids): a dict of Evaluation, and a DataFrame.
+    """Evaluates every model on every text (token ids); returns a dict and the same as a DataFrame.
 
-    tokenizer: from transformers, to count words and bytes. Both results are indexed by text, model.
+    tokenizer: from transformers, to count words and bytes. The keys of both are (text, model).
     """
     import pandas as pd  # 0.5 s that `evaluate` does not need
 
@@ -104,6 +104,6 @@ def compare_models(
 
 
 def unigram_loss(train: np.ndarray, held_out: np.ndarray, vocabulary: int) -> float:
-    """Nats per token on `held_out`, from the word counts of `train` with 0.05 added to each."""
-    counts = np.bincount(train, minlength=vocabulary) + 0.05
+    """Nats per token on `held_out`; a token's probability is its share in `train`."""
+    counts = np.bincount(train, minlength=vocabulary) + 0.05  # no probability is 0
     return float(-np.log(counts / counts.sum())[held_out].mean())

@@ -1,4 +1,4 @@
-"""Arrays in, a figure out. Every axis has its unit; nothing needs colour alone."""
+"""The figures of the notebook. Every axis has a unit; all can be read without colours."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from matplotlib.patches import Circle
 
 Rows = Sequence[Mapping]
 Curves = Mapping[str, Sequence[float]]
-MEAN_OF = 50  # steps, in the smoothed training loss
-AROUND = 60  # steps before the stop, in the panel that shows it
+SMOOTHING = 50  # steps, of the moving average of the training loss
+STEPS_BEFORE = 60  # steps before the resume, in the panel around it
 CENTERED = {"ha": "center", "va": "center", "fontsize": 8}
 
 
 class Figure(matplotlib.figure.Figure):
-    """850 pixels wide, which pages show unscaled. Jupyter draws it without pyplot."""
+    """A figure 850 pixels wide. Jupyter shows it without pyplot."""
 
     def __init__(self, height: float):
         super().__init__(figsize=(10, height), dpi=85, layout="constrained")
@@ -27,40 +27,39 @@ class Figure(matplotlib.figure.Figure):
         return png.getvalue()
 
 
-def column(rows: Rows, name: str) -> pd.Series:
-    """The values of the rows that have `name`, by step."""
+def values_by_step(rows: Rows, name: str) -> pd.Series:
+    """One value of the log, indexed by step; rows without it are skipped."""
     return pd.Series({row["step"]: row[name] for row in rows if name in row}, dtype=float)
 
 
 def training_curves(
-    rows: Rows, *, title: str, resumed_at: int, lines: Mapping[str, float], differences: list[float]
+    rows: Rows, *, title: str, resumed_at: int, baselines: Mapping, differences: list[float]
 ) -> Figure:
-    """Loss, learning rate and gradient norm, by step; on the right, the steps around `resumed_at`.
+    """Loss, learning rate and gradient norm by step. On the right: the steps around the resume.
 
-    lines: losses to compare with. differences: of the losses after `resumed_at` from those of a run
-    that never stopped.
+    baselines: losses to compare with. differences: resumed minus uninterrupted losses, by step.
     """
     figure = Figure(8)
     left, right = figure.subfigures(1, 2, width_ratios=(3, 1.3))
-    whole, rate, norm = left.subplots(3, 1, sharex=True, height_ratios=(2.4, 1, 1))
-    stop, difference = right.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
-    plot_losses(whole, rows, resumed_at)
-    for style, (name, value) in zip(("--", "-.", ":"), lines.items()):
-        whole.axhline(value, color="k", linewidth=1, linestyle=style, label=f"{name}: {value:.2f}")
-    whole.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
-    whole.set_title(title)
-    rate.plot(column(rows, "learning_rate"), "k")
+    loss, rate, norm = left.subplots(3, 1, sharex=True, height_ratios=(2.4, 1, 1))
+    resume, difference = right.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
+    plot_losses(loss, rows, resumed_at)
+    for style, (name, value) in zip(("--", "-.", ":"), baselines.items()):
+        loss.axhline(value, color="k", linewidth=1, linestyle=style, label=f"{name}: {value:.2f}")
+    loss.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
+    loss.set_title(title)
+    rate.plot(values_by_step(rows, "learning_rate"), "k")
     rate.set_ylabel("learning rate")
-    norm.semilogy(column(rows, "gradient_norm"), color="0.4", linewidth=0.6)
+    norm.semilogy(values_by_step(rows, "gradient_norm"), color="0.4", linewidth=0.6)
     norm.set(xlabel="step (updates)", ylabel="gradient norm\nbefore clipping")
 
-    plot_losses(stop, rows, resumed_at)
-    near = column(rows, "loss").loc[resumed_at - AROUND :]
-    stop.set_xlim(resumed_at - AROUND, resumed_at + len(differences) + 5)
-    stop.set(ylim=(near.min() - 0.2, near.max() + 0.2), title="around the stop")
+    plot_losses(resume, rows, resumed_at)
+    near = values_by_step(rows, "loss").loc[resumed_at - STEPS_BEFORE :]
+    resume.set_xlim(resumed_at - STEPS_BEFORE, resumed_at + len(differences) + 5)
+    resume.set(ylim=(near.min() - 0.2, near.max() + 0.2), title="around the resume")
     steps = range(resumed_at + 1, resumed_at + 1 + len(differences))
     difference.plot(steps, differences, "r.-", markersize=3)
-    difference.set(xlabel="step (updates)", ylabel="loss, resumed less\nnever stopped (nats)")
+    difference.set(xlabel="step (updates)", ylabel="loss, resumed minus\nuninterrupted (nats)")
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         axes.axvline(resumed_at, color="0.4", linewidth=0.8, linestyle=":")
@@ -68,14 +67,15 @@ def training_curves(
 
 
 def plot_losses(axes: Axes, rows: Rows, resumed_at: int) -> None:
-    """The training loss, raw and smoothed; in another colour after the stop; and held out."""
-    losses = column(rows, "loss")
-    mean = losses.rolling(MEAN_OF, min_periods=1).mean().loc[:resumed_at]
+    """The training loss of each step and its moving average, and the held-out loss."""
+    losses = values_by_step(rows, "loss")
+    mean = losses.rolling(SMOOTHING, min_periods=1).mean().loc[:resumed_at]
     axes.plot(losses, color="0.75", linewidth=0.6, label="training, each step")
-    axes.plot(mean, color="tab:blue", label=f"training, mean of {MEAN_OF}")
+    axes.plot(mean, color="tab:blue", label=f"training, mean of {SMOOTHING}")
     axes.plot(losses.loc[resumed_at + 1 :], color="tab:red", label="resumed, each step")
-    axes.plot(column(rows, "validation_loss"), "ko--", linewidth=1, markersize=4, label="held out")
-    axes.set_ylabel("loss (nats a token)")
+    held_out = values_by_step(rows, "validation_loss")
+    axes.plot(held_out, "ko--", linewidth=1, markersize=4, label="held out")
+    axes.set_ylabel("loss (nats per token)")
 
 
 def parameter_bars(counts: Mapping[str, int], *, title: str) -> Figure:
@@ -91,13 +91,14 @@ def parameter_bars(counts: Mapping[str, int], *, title: str) -> Figure:
     return figure
 
 
-def rotation(
+def rotary_embedding(
     arrows: Mapping[str, np.ndarray], wavelengths: np.ndarray, scores: np.ndarray, context: int
 ) -> Figure:
-    """How rotary embedding works, in three pictures.
+    """How rotary position embedding works, in three pictures.
 
-    arrows: for two pairs of channels, (1, 0) rotated to each position, (P, 2). wavelengths: of
-    every pair, in positions. scores: of a query at each position (rows) with a key at each.
+    arrows: for two pairs of channels, the vector (1, 0) rotated to each position, (P, 2).
+    wavelengths: of every pair, in positions. scores: of a query at each position (rows) and a key
+    at each position (columns).
     """
     figure = Figure(3.6)
     circle, waves, image = figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
@@ -108,22 +109,22 @@ def rotation(
     for position, (x, y) in enumerate(next(iter(arrows.values()))):
         circle.text(1.13 * x, 1.13 * y, position, **CENTERED)
     circle.set(xlim=(-1.5, 1.5), ylim=(-1.7, 1.3), aspect="equal")
-    circle.set(xlabel="channel i", ylabel="channel i + D/2", title="a pair turns with the position")
+    circle.set(xlabel="channel i", ylabel="channel i + D/2", title="position = angle of a pair")
     circle.legend(fontsize=7, loc="lower center", ncols=2)
-    waves.semilogy(wavelengths, "k.-", label="a full turn")
+    waves.semilogy(wavelengths, "k.-", label="wavelength")
     waves.axhline(context, color="0.4", linestyle="--", label=f"context: {context}")
-    waves.set(xlabel="pair of channels", ylabel="positions for a full turn")
-    waves.set_title("fast pairs and slow ones")
+    waves.set(xlabel="pair of channels", ylabel="wavelength (positions)")
+    waves.set_title("wavelength of each pair")
     waves.legend(fontsize=7)
     shown = image.imshow(scores, cmap="gray")
     image.set(xlabel="position of the key", ylabel="position of the query")
-    image.set_title("only the distance counts")
-    figure.colorbar(shown, ax=image, label="score of one query with one key", shrink=0.85)
+    image.set_title("only the distance matters")
+    figure.colorbar(shown, ax=image, label="score of one query and one key", shrink=0.85)
     return figure
 
 
-def shared_heads(query_heads: int, key_value_heads: int, head_dim: int) -> Figure:
-    """Grouped-query attention: which query heads share which head of keys and values."""
+def grouped_query_attention(query_heads: int, key_value_heads: int, head_dim: int) -> Figure:
+    """Which query heads share which head of keys and values."""
     figure = Figure(2.8)
     axes, group = figure.subplots(), query_heads // key_value_heads
     for shared in range(key_value_heads):
@@ -138,14 +139,14 @@ def shared_heads(query_heads: int, key_value_heads: int, head_dim: int) -> Figur
     cached, separate = 2 * key_value_heads * head_dim, 2 * query_heads * head_dim
     axes.set_xlabel(
         f"{query_heads} query heads share {key_value_heads} heads of keys and values, {head_dim} "
-        f"channels each: {cached} cached numbers a token and layer, not {separate}"
+        f"channels each: the cache has {cached} numbers per token and layer, not {separate}"
     )
     axes.spines[:].set_visible(False)
     return figure
 
 
 def plot_by_layer(axes: Axes, curves: Curves, first: int, **texts) -> None:
-    """A line for each curve, from layer `first` on, with its own marker."""
+    """One line per curve, each with another marker; the first value is that of layer `first`."""
     for marker, (name, values) in zip("osv^D*Px", curves.items()):
         layers = range(first, first + len(values))
         axes.plot(layers, values, marker=marker, markersize=5, linewidth=1, label=name)
@@ -156,50 +157,51 @@ def plot_by_layer(axes: Axes, curves: Curves, first: int, **texts) -> None:
 
 
 def error_by_layer(errors: Curves) -> Figure:
-    """How far each mutated model's states are from the original's, after each layer."""
+    """The error of the hidden states after each layer, for each mutation."""
     figure = Figure(4.5)
-    axes, share = figure.subplots(), "largest error, share of the\nposition's largest value"
-    plot_by_layer(axes, errors, 1, xlabel="layer", ylabel=share, yscale="log")
-    axes.set_title("States of broken models against the original")
+    axes, label = figure.subplots(), "largest error, relative to the\nlargest value of its position"
+    plot_by_layer(axes, errors, 1, xlabel="layer", ylabel=label, yscale="log")
+    axes.set_title("Hidden states with a mutation, compared with the original")
     return figure
 
 
 def logit_lens(prompt: Sequence[str], tokens: Mapping[str, tuple], losses: Curves) -> Figure:
-    """The next token that each layer predicts after each token of `prompt`, and its loss.
+    """The most likely next token after each layer, for each token of `prompt`, and the loss.
 
-    tokens: by model, the likeliest ones and their probabilities, each (layers + 1, T); up to 12
-    layers are shown. losses: by model, nats a token after the embedding and each layer.
+    tokens: for each model, the tokens and their probabilities, each (layers + 1, T); 12 layers at
+    most are shown. losses: for each model, nats per token after the embedding and each layer.
     """
     figure = Figure(8)
     above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
     panels = above.subplots(1, len(tokens), sharey=True, squeeze=False)[0]
-    for axes, (name, (words, shares)) in zip(panels, tokens.items()):
+    for axes, (name, (words, probabilities)) in zip(panels, tokens.items()):
         layers = np.unique(np.linspace(0, len(words) - 1, 12).round().astype(int))
-        shown = axes.imshow(shares[layers], cmap="Greys", vmin=0, vmax=1, alpha=0.5, aspect="auto")
+        grey = {"cmap": "Greys", "vmin": 0, "vmax": 1, "alpha": 0.5, "aspect": "auto"}
+        shown = axes.imshow(probabilities[layers], **grey)
         for (row, place), word in np.ndenumerate(np.array(words, dtype=object)[layers]):
-            axes.text(place, row, printable(word), **CENTERED)
-        axes.set_xticks(range(len(prompt)), map(printable, prompt), fontsize=8)
+            axes.text(place, row, token_label(word), **CENTERED)
+        axes.set_xticks(range(len(prompt)), map(token_label, prompt), fontsize=8)
         axes.set_yticks(range(len(layers)), layers)
-        axes.set(title=f"{name} training: likeliest next token", xlabel="token of the prompt")
+        axes.set(title=f"{name} training: most likely next token", xlabel="token of the prompt")
     panels[0].set_ylabel("after layer (0: embedding)")
     above.colorbar(shown, ax=list(panels), label="its probability")
-    nats = "loss on held-out text\n(nats a token)"
-    texts = {"xlabel": "after layer (0: embedding)", "ylabel": nats, "yscale": "log"}
+    label = "loss on held-out text\n(nats per token)"
+    texts = {"xlabel": "after layer (0: embedding)", "ylabel": label, "yscale": "log"}
     plot_by_layer(below.subplots(), losses, 0, **texts)
     return figure
 
 
-def printable(word: str) -> str:
-    """A token as a label: white space is visible, and a dollar sign starts no formula."""
+def token_label(word: str) -> str:
+    """A token as a label: at most 8 characters, visible white space, `$` without formulas."""
     word = "".join(c if c.isprintable() and c.isascii() else "·" for c in word.replace("\n", "\\n"))
     word = word if len(word) <= 8 else word[:7] + "~"
     return word.replace(" ", "␣").replace("$", r"\$")
 
 
 def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], scores: Curves) -> Figure:
-    """The attention of chosen heads, before and after training, and an induction score by layer.
+    """Attention weights of some heads, and the highest induction score of each layer.
 
-    maps: by model and head, (T, T), rows sum to 1. scores: by model, the best head of each layer.
+    maps: for each model and head, (T, T); rows sum to 1. scores: for each model, one per layer.
     """
     figure = Figure(9)
     above, below = figure.subfigures(2, 1, height_ratios=(2.2, 1))
@@ -208,9 +210,9 @@ def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], scores: Curves)
         for axes, (head, weights) in zip(line, heads.items()):
             shown = axes.imshow(weights**0.5, cmap="Greys", vmin=0, vmax=1)
             axes.set_title(f"{head}\n{name} training", fontsize=9)
-            axes.set_xlabel("position looked at", fontsize=8)
-        line[0].set_ylabel("position that looks", fontsize=8)
-    above.colorbar(shown, ax=grid, label="square root of the attention", shrink=0.8)
-    share = "induction score of its best head\n(share of the attention)"
-    plot_by_layer(below.subplots(), scores, 1, xlabel="layer", ylabel=share, ylim=(0, 1))
+            axes.set_xlabel("position of the key", fontsize=8)
+        line[0].set_ylabel("position of the query", fontsize=8)
+    above.colorbar(shown, ax=grid, label="square root of the attention weight", shrink=0.8)
+    label = "highest induction score\n(share of the attention)"
+    plot_by_layer(below.subplots(), scores, 1, xlabel="layer", ylabel=label, ylim=(0, 1))
     return figure

@@ -1,4 +1,4 @@
-"""Text from a model: prompts as text or as chat, and the answer shown as it is generated."""
+"""Text from a model: prompts as plain text or as chat, and the continuation piece by piece."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -9,15 +9,15 @@ from tokenizers.decoders import DecodeStream
 from SmolLm3 import LlamaModel
 from workflow.errors import WorkflowError
 
-# The tokens that end a text or an answer, in the vocabularies of all models.
-STOPS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
+# These tokens end a text or an answer. Each vocabulary has some of them.
+STOP_TOKENS = ("<|endoftext|>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>")
 
 
 def prepare_for_generation(model: LlamaModel, precision: torch.dtype = torch.float32) -> LlamaModel:
-    """The model in the form that generates fastest: each new token reads all weights once.
+    """The model in the form that generates fastest. Each new token reads all weights once.
 
-    bfloat16: a copy with half as much to read. float32 on a CPU: the same model and results, its
-    matrices now stored column by column, which BLAS reads on all cores even for one token.
+    bfloat16: a copy with half the bytes. float32 on a CPU: the same model and results, but the
+    matrices are stored column by column: then BLAS uses all cores even for one token.
     """
     if precision != torch.float32:
         return copy.deepcopy(model).to(precision)
@@ -28,10 +28,10 @@ def prepare_for_generation(model: LlamaModel, precision: torch.dtype = torch.flo
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
-    """The ids of a prompt; with `chat`, of a user's turn in the tokenizer's own chat template.
+    """The ids of a prompt. chat: as the user's turn in the chat template of the tokenizer.
 
-    tokenizer: from transformers. Raises WorkflowError if it has no template, as those of base
-    models, or for half a character, which a terminal makes from bytes that are not UTF-8.
+    tokenizer: from transformers. Raises WorkflowError if it has no chat template (base models have
+    none), or for a lone surrogate, which a terminal makes from bytes that are not UTF-8.
     """
     try:
         prompt.encode()
@@ -48,7 +48,7 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
 
 
 def sampling_options(temperature: float | None, top_k: int | None, top_p: float, min_p: float):
-    """A dict of `LlamaModel.stream`'s options: greedy, unless a temperature or filter is given."""
+    """The options of `LlamaModel.stream`, as a dict; greedy without a temperature or a filter."""
     if temperature is None:
         temperature = 1.0 if top_k is not None or top_p != 1.0 or min_p != 0.0 else 0.0
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -57,12 +57,12 @@ def sampling_options(temperature: float | None, top_k: int | None, top_p: float,
 def stream_text(
     model: LlamaModel, tokenizer, ids: list[int], new_tokens: int, options: Mapping
 ) -> Iterator[str]:
-    """Yields the continuation of `ids` in pieces of whole characters, until a token of `STOPS`.
+    """Yields the continuation of `ids` in pieces of complete characters, up to a stop token.
 
     tokenizer: from transformers. options: those of `LlamaModel.stream`.
     """
     tokenizer = tokenizer.backend_tokenizer
-    stops = [id for id in map(tokenizer.token_to_id, STOPS) if id is not None]
+    stops = [id for id in map(tokenizer.token_to_id, STOP_TOKENS) if id is not None]
     prompt = torch.tensor([ids], dtype=torch.long, device=model.embed_tokens.weight.device)
     decoder, pending = DecodeStream(skip_special_tokens=False), []
     for token in map(int, model.stream(prompt, new_tokens, stop_ids=stops, **options)):
@@ -73,5 +73,5 @@ def stream_text(
             yield piece
             pending.clear()
     rest = tokenizer.decode(pending, skip_special_tokens=False)
-    if whole := rest.rstrip("\N{REPLACEMENT CHARACTER}"):  # without an incomplete character
-        yield whole
+    if text := rest.rstrip("\N{REPLACEMENT CHARACTER}"):  # without an incomplete last character
+        yield text

@@ -1,4 +1,4 @@
-"""Looking inside a model: parameters, rotation, the logit lens, attention and its heads."""
+"""What is inside a model: parameters, rotary embedding, logit lens, attention heads."""
 
 import math
 import re
@@ -15,7 +15,7 @@ from workflow.analysis.states import hidden_states
 
 
 def parameter_counts(model: LlamaModel) -> dict[str, int]:
-    """How many parameters each kind of module has, over all layers."""
+    """The number of parameters of each kind of module, over all layers."""
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         kind = "norms" if "norm" in name else name.split(".")[-2]
@@ -25,7 +25,7 @@ def parameter_counts(model: LlamaModel) -> dict[str, int]:
 
 
 def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]):
-    """A DataFrame, a row per kind of tensor (N: any layer), and how many of each are bit-equal."""
+    """A DataFrame, one row per kind of tensor (N: layer). equal: how many of them are identical."""
     import pandas as pd  # 0.5 s that the other functions do not need
 
     rows = []
@@ -39,19 +39,19 @@ def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]):
 
 
 def wavelengths(rotary: RotaryPositionalEmbedding) -> Tensor:
-    """Positions that each pair of channels needs for a full turn: (D / 2,)."""
+    """How many positions a full rotation takes, for each pair of channels: (D / 2,)."""
     cos, sin = rotary(torch.ones(1))
     return 2 * math.pi / torch.atan2(sin, cos).flatten()
 
 
 def rotated_pairs(rotary: RotaryPositionalEmbedding, pairs: list[int], positions: int) -> Tensor:
-    """The vector (1, 0) in some pairs of channels, rotated to each position: (pairs, P, 2)."""
+    """The vector (1, 0), rotated to each position, for some pairs of channels: (pairs, P, 2)."""
     cos_sin = torch.stack(rotary(torch.arange(positions)), dim=-1)[0, 0]
     return cos_sin[:, pairs].transpose(0, 1)
 
 
-def scores_by_position(rotary: RotaryPositionalEmbedding, positions: int) -> Tensor:
-    """The score of one query at each position with one key at each: (positions, positions)."""
+def query_key_scores(rotary: RotaryPositionalEmbedding, positions: int) -> Tensor:
+    """The attention scores if all queries are equal, and all keys: (positions, positions)."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, rotary.head_dim, generator=generator)
     angles = rotary(torch.arange(positions))
@@ -61,10 +61,10 @@ def scores_by_position(rotary: RotaryPositionalEmbedding, positions: int) -> Ten
 
 @torch.no_grad()
 def logit_lens(model: LlamaModel, ids: Tensor) -> Iterator[Tensor]:
-    """Logits (T, V) for ids (1, T) from the embedding and after each layer, one at a time.
+    """Yields logits (T, V) for ids (1, T): after the embedding, then after each layer.
 
-    The final norm and the head are applied to the residual stream; the last is the model's own
-    output (nostalgebraist 2020, "interpreting GPT: the logit lens").
+    The final norm and the head are applied to the residual stream; the last logits are the output
+    of the model (nostalgebraist 2020, "interpreting GPT: the logit lens").
     """
     *residual_stream, _, _ = hidden_states(model, ids).values()  # without norm and logits
     for x in residual_stream:
@@ -72,22 +72,22 @@ def logit_lens(model: LlamaModel, ids: Tensor) -> Iterator[Tensor]:
 
 
 def logit_lens_tokens(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list, np.ndarray]:
-    """The likeliest token at each place of the lens, as text, and its probability (layers + 1, T).
+    """The most likely next tokens of the logit lens, and their probabilities: (layers + 1, T).
 
     tokenizer: from transformers.
     """
-    shares, tokens = torch.stack([*logit_lens(model, ids)]).softmax(dim=-1).max(dim=-1)
-    return [tokenizer.batch_decode(row[:, None]) for row in tokens], shares.numpy()
+    probabilities, tokens = torch.stack([*logit_lens(model, ids)]).softmax(dim=-1).max(dim=-1)
+    return [tokenizer.batch_decode(row[:, None]) for row in tokens], probabilities.numpy()
 
 
 def loss_by_layer(model: LlamaModel, ids: Tensor) -> list[float]:
-    """The mean loss of the lens, nats per token, on ids (1, T): layers + 1 of them."""
+    """The losses of the logit lens on ids (1, T): layers + 1 means, nats per token."""
     return [F.cross_entropy(x[:-1], ids[0, 1:]).item() for x in logit_lens(model, ids)]
 
 
 @torch.no_grad()
 def attention_weights(model: LlamaModel, ids: Tensor) -> Tensor:
-    """The attention of each position to each, (layers, H, T, T), for ids (1, T); rows sum to 1."""
+    """The attention weights for ids (1, T): (layers, H, T, T); rows sum to 1."""
     found, T = [], ids.shape[1]
     rotation = model.rotary(torch.arange(T))
     for layer, x in zip(model.layers, hidden_states(model, ids).values()):
@@ -96,25 +96,25 @@ def attention_weights(model: LlamaModel, ids: Tensor) -> Tensor:
             proj(x).view(1, T, -1, attention.head_dim).transpose(1, 2)  # (1, H or K, T, D)
             for proj in (attention.q_proj, attention.k_proj)
         )
-        if attention.rotates:
+        if attention.uses_rope:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        one_hot = torch.eye(T).expand(1, k.shape[1], -1, -1)  # as values, they show the weights
+        one_hot = torch.eye(T).expand(1, k.shape[1], -1, -1)  # as values: the output is the weights
         weights = F.scaled_dot_product_attention(q, k, one_hot, is_causal=True, enable_gqa=True)
         found.append(weights[0])
     return torch.stack(found)
 
 
 def repeated_tokens(vocab_size: int, length: int = 32, seed: int = 0) -> Tensor:
-    """Random token ids, twice: (1, 2 × length). Only copying predicts the second half."""
+    """Random token ids, then the same again: (1, 2 × length); to predict them is to copy."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocab_size, (1, length), generator=generator).repeat(1, 2)
 
 
 def head_scores(weights: Tensor) -> dict[str, Tensor]:
-    """What each head attends to in `repeated_tokens`: shares of its attention, (layers, H) each.
+    """How much each head attends to three kinds of tokens: mean attention, each (layers, H).
 
-    weights: from `attention_weights`. induction: from a token of the second half to the one that
-    followed it in the first half (Olsson et al. 2022, arXiv:2209.11895).
+    weights: the attention weights for `repeated_tokens`. induction: from a token of the second
+    half to the one after the same token in the first half (Olsson et al. 2022, arXiv:2209.11895).
     """
     half = weights.shape[-1] // 2
     return {
@@ -125,9 +125,9 @@ def head_scores(weights: Tensor) -> dict[str, Tensor]:
 
 
 def top_heads(scores: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """The head with the highest score of each kind: label to (layer, head), counted from 0."""
+    """The head with the highest score of each kind: label → (layer, head), counted from 0."""
     found = {}
-    for kind, shares in scores.items():
-        layer, head = divmod(int(shares.argmax()), shares.shape[1])
+    for kind, values in scores.items():
+        layer, head = divmod(int(values.argmax()), values.shape[1])
         found[f"{kind}: layer {layer + 1}, head {head}"] = layer, head
     return found

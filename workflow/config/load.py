@@ -1,4 +1,4 @@
-"""The YAML file, its profiles and overrides become typed settings, or one clear error."""
+"""Loads the settings: the YAML file, then a profile, then overrides."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ from workflow.config.settings import RENAMED_KEYS, Config, ModelEntry, Wheel
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
 
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
-OVERRIDES_VARIABLE = "SMOLLM_SET"  # separated by spaces, quoted as in a shell
+OVERRIDES_VARIABLE = "SMOLLM_SET"  # overrides separated by spaces, quoted as in a shell
 
 
 def load_config(
@@ -28,13 +28,13 @@ def load_config(
     profile: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Config:
-    """Reads `path`, merges the profile into it, then the overrides ("section.key=value").
+    """Reads `path`, then applies the profile, SMOLLM_SET, and `overrides` ("section.key=value").
 
-    Overrides in SMOLLM_SET come before those given. Raises ConfigError with file, key, value, what
-    was expected and, for an unknown key, the nearest known one; WorkflowError for an old torch.
+    Raises ConfigError with the file, the key, the value and what was expected. For an unknown key
+    it suggests the most similar one. Raises WorkflowError if torch is too old.
     """
     if TorchVersion(torch.__version__) < (2, 10):
-        what = "below 2.10 its loader can be made to run a file's code (CVE-2026-24747)"
+        what = "before 2.10, torch.load can run code from a file (CVE-2026-24747)"
         raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
     values = read_yaml(Path(path))
     profiles = values.pop("profiles", None)
@@ -43,14 +43,14 @@ def load_config(
     if not isinstance(profiles.get(name, "absent"), dict | None):
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
         raise ConfigError(path, f"there is no profile {name!r}", fix)
-    values = merge(values, profiles[name] or {}) | {"profile": name, "reason": reason}
+    values = merge(values, profiles[name] or {}) | {"profile": name, "profile_reason": reason}
     if os.environ.get("FRESH") == "1":
-        values["fresh"] = time.strftime("-%Y%m%d-%H%M%S")
+        values["name_suffix"] = time.strftime("-%Y%m%d-%H%M%S")
     with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
         overrides = [*shlex.split(os.environ.get(OVERRIDES_VARIABLE, "")), *overrides]
     for override in overrides:
         values = merge(values, parse_override(override))
-    return validate(values | {"changes": overrides}, path)
+    return validate(values | {"overrides": overrides}, path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -62,19 +62,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
-        what = f"it holds {found}, expected a table of settings"
+        what = f"it contains {found}, expected a table of settings"
         raise ConfigError(path, what, "see the project's own YAML")
     return values
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML 1.2 text: 1e-3 is a float, 010 is ten, no is a word.
+    """Parses YAML 1.2: 1e-3 is a float, 010 is ten, and no is a string.
 
-    Raises ConfigError, with the line, also for a key that appears twice in one table.
+    Raises ConfigError with the line, also if a key appears twice in one table.
     """
     try:
         return YAML(typ="safe", pure=True).load(text)
-    # the last four: a value that is not what its tag says, lists in lists a thousand deep
+    # the last four: a value of another type than its tag, or too many nested lists
     except (YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}" if mark else where
@@ -82,33 +82,33 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(place, what, "fix that line") from None
 
 
-def choose_profile(asked: str | None, in_file: str) -> tuple[str, str]:
-    """The profile's name and why it was chosen: the argument, the environment, then the file."""
-    environment = os.environ.get(PROFILE_VARIABLE), f"as {PROFILE_VARIABLE} says"
-    for name, reason in (asked, "as asked"), environment, (in_file, "as the YAML says"):
+def choose_profile(argument: str | None, in_file: str) -> tuple[str, str]:
+    """The profile and the reason for it. The argument is first, then the environment, the file."""
+    environment = os.environ.get(PROFILE_VARIABLE), f"set by {PROFILE_VARIABLE}"
+    for name, reason in (argument, "as requested"), environment, (in_file, "set in the YAML"):
         if name and name != "auto":
             return name, reason
-    found = torch.cuda.is_available()
-    reason = "a CUDA GPU was found" if found else "no CUDA GPU was found"
-    how = f"`make run PROFILE=cpu` or {PROFILE_VARIABLE}=cpu chooses another"
-    return ("full" if found else "quick"), f"{reason}; {how}"
+    has_gpu = torch.cuda.is_available()
+    reason = "a CUDA GPU was found" if has_gpu else "no CUDA GPU was found"
+    how = f"to choose another: `make run PROFILE=cpu` or {PROFILE_VARIABLE}=cpu"
+    return ("full" if has_gpu else "quick"), f"{reason}; {how}"
 
 
 def merge(base: Any, changes: Any) -> Any:
-    """`base` with `changes` in it, table by table."""
+    """A copy of `base` with `changes`; tables inside tables are merged too."""
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return changes
     return base | {key: merge(base.get(key), value) for key, value in changes.items()}
 
 
 def parse_override(override: str) -> dict[str, Any]:
-    """`section.key=value` as {section: {key: value}}."""
+    """Turns `section.key=value` into {section: {key: value}}."""
     where, (key, equals, text) = f"--set {override}", override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise ConfigError(where, "this is not key=value", "write for example train.steps=100")
-    if key in ("profile", "reason", "fresh", "changes"):
-        raise ConfigError(where, "this is no setting", "choose with --profile")
+    if key in ("profile", "profile_reason", "name_suffix", "overrides"):
+        raise ConfigError(where, "this is not a setting", "choose a profile with --profile")
     change = parse_yaml(text, f"--set {key}")
     for part in reversed(key.split(".")):
         change = {part: change}
@@ -116,13 +116,13 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def validate(values: dict[str, Any], path: str | Path) -> Config:
-    """The settings, or the first complaint of pydantic with the nearest known key."""
-    with one_line_errors(path, "keys are words, and no table contains itself"):
-        text = json.dumps(values, default=str)  # from JSON, a list may fill a tuple
+    """Checks the settings with pydantic. Its first error becomes a ConfigError."""
+    with one_line_errors(path, "use text as keys, and no table that contains itself"):
+        text = json.dumps(values, default=str)  # from JSON, pydantic accepts a list as a tuple
     try:
         return Config.model_validate_json(text)
     except ValidationError as error:
-        # an unknown key first: it is the reason why another is missing
+        # an unknown key is shown first: it is probably a misspelt missing key
         unknown = ("extra_forbidden", "unexpected_keyword_argument")
         first = sorted(error.errors(), key=lambda e: e["type"] not in unknown)[0]
     keys, kind = [str(key) for key in first["loc"]], first["type"]
@@ -133,14 +133,14 @@ def validate(values: dict[str, Any], path: str | Path) -> Config:
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
     elif kind == "value_error":
-        what, fix = first["msg"].removeprefix("Value error, "), "make the two agree"
+        what, fix = first["msg"].removeprefix("Value error, "), "change one of the two"
     else:
-        what, fix = f"{first['input']!r} does not fit: {first['msg']}", "fix the value"
+        what, fix = f"{first['input']!r} does not fit: {first['msg']}", "change the value"
     raise ConfigError(f"{path}: {'.'.join(keys)}" if keys else path, what, fix)
 
 
 def known_keys(parents: Sequence[str]) -> list[str]:
-    """The keys that may be in the table at `parents`."""
+    """The keys of the table at `parents`."""
     if parents[:1] == ["models"]:
         table = {"architecture": ModelConfig, "wheel": Wheel}.get(parents[-1], ModelEntry)
     else:

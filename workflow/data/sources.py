@@ -1,4 +1,4 @@
-"""Where the text comes from: a file, a folder, or a data set of the Hub."""
+"""Finds the text to train on: a file, a folder, or a data set on the Hub."""
 
 import functools
 import os
@@ -9,67 +9,70 @@ from huggingface_hub import metadata_load
 
 from workflow.config import DataSettings
 from workflow.errors import DataError, SourceError
-from workflow.reference.hub import first_line, matching, snapshot
+from workflow.reference.hub import matching_files, short_cause, snapshot
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files with text: to train on and, if a data set has a validation split, held out."""
+    """Text files for training and, if the data has a validation split, for validation."""
 
     name: str  # of the file, the folder, or the data set
     train: tuple[Path, ...]
     validation: tuple[Path, ...] = ()
-    column: str = "text"  # of tables
+    column: str = "text"  # the table column with the text
     revision: str = ""  # the Hub's commit
 
 
 def find_source(settings: DataSettings) -> Source:
-    """The text of `data.source`; for `auto`, the Hub's or, if that is not available, `data.text`.
+    """The text of `data.source`. `auto` tries the Hub first, then `data.fallback_text`.
 
-    Raises SourceError when the Hub was asked for and fails, DataError for anything else.
+    Raises SourceError if `data.source` is `hub` and the Hub fails, otherwise DataError.
     """
     if settings.source not in ("auto", "hub"):
-        return from_path(Path(settings.source), settings.column)
+        return local_source(Path(settings.source), settings.column)
     try:
-        return from_hub(settings)
+        return hub_source(settings)
     except SourceError as error:
         if settings.source == "hub":
             raise
         print(f"The Hub is skipped: {str(error).partition(';')[0]}")
-        return from_path(settings.text, settings.column)
+        return local_source(settings.fallback_text, settings.column)
 
 
-def from_path(path: Path, column: str) -> Source:
-    """A file, or the files of a folder as `datasets` finds and splits them."""
-    if not os.path.isdir(path):  # no error for an impossible name
+def local_source(path: Path, column: str) -> Source:
+    """One file, or a folder that the `datasets` library splits into train and validation."""
+    if not os.path.isdir(path):  # Path.is_dir can raise for an invalid name
         return Source(path.name, (path,), column=column)
     splits = find_splits(path, None)
     used = {file.resolve() for files in splits.values() for file in files}
-    if left := [file for file in matching(path, ["*"]) if file.resolve() not in used]:
-        example = left[0].relative_to(path)
-        print(f"Note: of {path}, {len(left)} files of another kind are left out, such as {example}")
-    return source_of(path.name, splits, column)
+    if unused := [file for file in matching_files(path, ["*"]) if file.resolve() not in used]:
+        example = unused[0].relative_to(path)
+        print(f"Note: {len(unused)} files in {path} are not used, for example {example}")
+    return make_source(path.name, splits, column)
 
 
-def from_hub(settings: DataSettings) -> Source:
-    """A configuration of a data set on the Hub, from the cache or downloaded."""
+def hub_source(settings: DataSettings) -> Source:
+    """One configuration of a data set on the Hub, from the cache or downloaded."""
     dataset = settings.dataset
     fetch = functools.partial(snapshot, dataset, settings.revision, repo_type="dataset")
     first = ["README.md", f"{settings.name}/*"] if settings.name else ["README.md"]
-    name, card = read_card(fetch(first) / "README.md", settings)
-    patterns = [one for patterns in card.values() for one in patterns] if card else ["*"]
+    name, splits = read_card(fetch(first) / "README.md", settings)
+    patterns = (
+        [pattern for patterns in splits.values() for pattern in patterns] if splits else ["*"]
+    )
     folder = fetch(["README.md", *patterns], needed=patterns)
-    splits = {split: matching(folder, these) for split, these in card.items()}
+    files = {split: matching_files(folder, patterns) for split, patterns in splits.items()}
     title = f"{dataset} {name}" if name else dataset
-    return source_of(title, splits or find_splits(folder, name), settings.column, folder.name)
+    files = files or find_splits(folder, name)
+    return make_source(title, files, settings.column, folder.name)
 
 
 def read_card(card: Path, settings: DataSettings) -> tuple[str | None, dict[str, list[str]]]:
-    """The name of the configuration, if any, and split -> patterns of its files.
+    """The configuration's name, and the file patterns of each split, from the README.md.
 
-    No patterns if the card of the data set has no configurations. Raises DataError.
+    Both are empty if the card has no configurations. Raises DataError.
     """
-    from datasets.data_files import sanitize_patterns  # 2 s that plain text does not need
+    from datasets.data_files import sanitize_patterns  # takes 2 s; plain text does not need it
     from datasets.utils.metadata import MetadataConfigs
 
     try:
@@ -77,31 +80,31 @@ def read_card(card: Path, settings: DataSettings) -> tuple[str | None, dict[str,
         found = MetadataConfigs.from_dataset_card_data(data or {})
         name = settings.name or found.get_default_config_name()
         patterns = {str(k): sanitize_patterns(v.get("data_files", [])) for k, v in found.items()}
-    except Exception as error:  # of YAML, of types
-        what = f"its README.md cannot be read ({first_line(error)})"
+    except Exception as error:  # invalid YAML or wrong types
+        what = f"its README.md cannot be read ({short_cause(error)})"
         fix = "choose another, or give its files as data.source"
         raise DataError(settings.dataset, what, fix) from None
     if patterns and name not in patterns:
         what = f"it has no configuration {name!r}, but {', '.join(patterns)}"
-        raise DataError(settings.dataset, what, "name one of them: data.name")
+        raise DataError(settings.dataset, what, "set data.name to one of them")
     return name, patterns.get(name, {})
 
 
 def find_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
-    """Split -> files, as `datasets` reads a folder: by its card, or by the names of its files."""
-    from datasets import load_dataset_builder  # 2 s that plain text does not need
+    """The files of each split, as `datasets` finds them by the card or by the file names."""
+    from datasets import load_dataset_builder  # takes 2 s; plain text does not need it
 
     try:
         files = load_dataset_builder(str(folder.resolve()), name).config.data_files
-    except Exception as error:  # whatever a layer below says
-        raise DataError(folder, first_line(error), "name a file, or fix data.name") from None
+    except Exception as error:  # any error of the libraries below
+        raise DataError(folder, short_cause(error), "name a file, or fix data.name") from None
     return {str(split): [Path(path) for path in paths] for split, paths in files.items()}
 
 
-def source_of(name: str, splits: dict[str, list[Path]], column: str, revision: str = "") -> Source:
+def make_source(name: str, splits: dict[str, list[Path]], column: str, revision="") -> Source:
     if not splits.get("train"):
         others = ", ".join(split for split, files in splits.items() if files)
-        what = "it has no files to train on" + (f", but of: {others}" if others else "")
+        what = "it has no training files" + (f", only files for: {others}" if others else "")
         raise DataError(name, what, "choose another")
     train, validation = tuple(splits["train"]), tuple(splits.get("validation", ()))
     return Source(name, train, validation, column, revision)

@@ -1,6 +1,7 @@
-"""The checks that compare the copy with the original, from the config to generated text.
+"""The checks that compare our copy with the original, from the config to generated text.
 
-Both sides get the same ids, nothing is sampled, and bounds were set before figures were seen.
+Both models get the same ids, in float32 on the CPU; nothing is sampled. `ours` is from our model,
+`theirs` from that of transformers. The bounds were set before the first measurement.
 """
 
 import math
@@ -20,15 +21,15 @@ from SmolLm3 import KVCache, LlamaModel, ModelConfig, hf_state_dict, load_hf_wei
 from workflow.analysis import states
 from workflow.analysis.states import max_difference
 from workflow.config import ProofSettings
-from workflow.proof.bounds import Check, largest, summary
+from workflow.proof.bounds import Check, max_check, summary
 from workflow.proof.external import external_checks, unequal_tensors
 from workflow.proof.prompts import LONG_PROMPT, PROMPTS
-from workflow.reference import Reference, architecture_rows, export
+from workflow.reference import Reference, compare_configs, export
 from workflow.training import NextTokenLoss
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
-    """A `LlamaModel` with the reference's weights, copied by name, strictly; prints both counts."""
+    """A `LlamaModel` with the reference's weights, copied by name. Every name must match."""
     model = LlamaModel(reference.config)
     ours, theirs = hf_state_dict(model), reference.state_dict
     load_hf_weights(model, theirs)
@@ -44,9 +45,9 @@ def copy_reference(reference: Reference) -> LlamaModel:
 def verify(
     model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
 ) -> list[Check]:
-    """Runs all checks and prints each when done; text: for the tokenizer and the long texts."""
+    """Runs all checks and prints each result. text: for the tokenizer and the long texts."""
     checks, start = [], time.perf_counter()
-    print(f"{'check':<38}{'value':>9}  {'bound':<10}verdict")
+    print(f"{'check':<38}{'value':>9}  {'bound':<10}result")
     for check in run_checks(model, reference, settings, text):
         checks.append(check)
         print(check)
@@ -57,79 +58,79 @@ def verify(
 def run_checks(
     model: LlamaModel, reference: Reference, settings: ProofSettings, text: str
 ) -> Iterator[Check]:
-    """Every check of `BOUNDS`, in its order, also after one has failed; float32 on the CPU.
-
-    The last checks, of long texts and bf16, take minutes: `settings.quick` leaves them out.
-    """
-    ids = encode(reference, LONG_PROMPT)
+    """Runs every check of `BOUNDS`; `settings.quick` skips the last ones, which take minutes."""
+    ids = encode_prompt(reference, LONG_PROMPT)
     all_ids = reference.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     with torch.no_grad():
-        yield from external_checks(model, reference, settings.wikitext)
-        yield from copied(model, reference)
+        yield from external_checks(model, reference, settings.wikitext_file)
+        yield from config_and_weight_checks(model, reference)
         yield tokenizer_check(reference, text, all_ids)
         theirs = states.hidden_states(reference.model, ids)
-        yield from computed(model, theirs, ids)
-        yield eager_check("logits match eager attention", model, reference, ids, theirs["logits"])
+        yield from forward_pass_checks(model, theirs, ids)
+        yield eager_check("distance to eager attention", model, reference, ids, theirs["logits"])
     yield gradient_check(model, reference, ids)
     with torch.no_grad():
-        yield from generated(model, reference, settings.new_tokens)
+        yield from generation_checks(model, reference, settings.new_tokens)
         yield cache_check(model, ids[:, :64])
         yield padding_check(model, reference)
-        yield from exported(model, reference, ids)
+        yield from export_checks(model, reference, ids)
         if not settings.quick:
-            yield from long_texts(model, reference, torch.tensor([all_ids]))
+            yield from long_text_checks(model, reference, torch.tensor([all_ids]))
             yield from bf16_checks(model, reference, ids)
 
 
-def copied(model: LlamaModel, reference: Reference) -> Iterator[Check]:
-    """Config and weights."""
+def config_and_weight_checks(model: LlamaModel, reference: Reference) -> Iterator[Check]:
+    """Architecture, then names, number and values of the tensors."""
     source = ModelConfig.from_hf(reference.model.config)
-    rows = architecture_rows(reference.entry.architecture, source)
-    rows += [row for row in architecture_rows(model.config, source) if not row[-1]]
+    rows = compare_configs(reference.entry.architecture, source)
+    rows += [row for row in compare_configs(model.config, source) if not row[-1]]
     unequal = [f"{key} {mine} is not {theirs}" for key, mine, theirs, same in rows if not same]
     detail = ", ".join(unequal or [f"{key} {mine} = {theirs}" for key, mine, theirs, _ in rows])
     yield Check("config matches the source", len(unequal), f"YAML and source: {detail}")
     ours, theirs = hf_state_dict(model), reference.state_dict
-    odd = dict.fromkeys(sorted(ours.keys() ^ theirs.keys()), math.inf)
-    detail = ", ".join(list(odd)[:3]) or f"{len(ours)} tensors"
-    yield Check("tensor names match", len(odd), detail, odd)
-    counted = sum(map(torch.numel, ours.values()))
-    missing = reference.model.num_parameters() - counted
-    yield Check("parameter counts match", missing, f"{counted} parameters")
-    unequal = [name for name in unequal_tensors(ours, theirs) if name not in odd]
+    unmatched = dict.fromkeys(sorted(ours.keys() ^ theirs.keys()), math.inf)
+    detail = ", ".join(list(unmatched)[:3]) or f"{len(ours)} tensors"
+    yield Check("tensor names match", len(unmatched), detail, unmatched)
+    count = sum(map(torch.numel, ours.values()))
+    missing = reference.model.num_parameters() - count
+    yield Check("parameter counts match", missing, f"{count} parameters")
+    unequal = [name for name in unequal_tensors(ours, theirs) if name not in unmatched]
     yield Check("tensor values match", len(unequal), ", ".join(unequal[:3]))
 
 
 def tokenizer_check(reference: Reference, text: str, ids: Sequence[int]) -> Check:
-    back = reference.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
-    lost = sum(a != b for a, b in zip(text, back)) + abs(len(text) - len(back))
-    return Check("text survives encode and decode", lost, f"of {len(text)}, encoded and decoded")
+    decoded = reference.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    wrong = sum(a != b for a, b in zip(text, decoded)) + abs(len(text) - len(decoded))
+    return Check("text survives encode and decode", wrong, f"wrong characters of {len(text)}")
 
 
-def computed(model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor) -> Iterator[Check]:
-    """Every state from ids (1, T) to the loss; theirs: the reference's `hidden_states` of them."""
+def forward_pass_checks(
+    model: LlamaModel, theirs: dict[str, Tensor], ids: Tensor
+) -> Iterator[Check]:
+    """Every state from ids (1, T) to the loss. theirs: the reference's `hidden_states` for ids."""
     ours, difference = states.hidden_states(model, ids), states.relative_difference_by_position
     logits = ours.pop("logits")
     parts = {name: difference(state, theirs[name]) for name, state in ours.items()}
     yield Check("embeddings match", parts.pop("embed_tokens"), f"{ids.shape[1]} tokens")
     norm = parts.pop("norm")
-    yield largest("hidden states match, layer by layer", parts)
+    yield max_check("hidden states match, layer by layer", parts)
     yield Check("final norm matches", norm)
     detail = f"{ids.shape[1]} tokens; transformers with SDPA attention"
     yield Check("logits match", max_difference(logits, theirs["logits"]), detail)
-    mine, other = training_loss(model, ids).item(), theirs["loss"].item()
-    yield Check("loss matches", abs(mine - other), f"{mine:.6f} and {other:.6f} nats per token")
+    loss, their_loss = training_loss(model, ids).item(), theirs["loss"].item()
+    detail = f"{loss:.6f} and {their_loss:.6f} nats per token"
+    yield Check("loss matches", abs(loss - their_loss), detail)
 
 
 def training_loss(model: LlamaModel, ids: Tensor) -> Tensor:
-    """The training step's own loss: of each token of ids (1, T) after those before it."""
+    """The loss of the training step, for next-token prediction on ids (1, T)."""
     return NextTokenLoss(model)(ids[:, :-1], ids[:, 1:])
 
 
 def eager_check(
     name: str, model: LlamaModel, reference: Reference, ids: Tensor, sdpa: Tensor
 ) -> Check:
-    """The difference to eager attention, as a multiple of that of transformers' `sdpa` logits."""
+    """The distance of our logits from eager attention, divided by that of `sdpa` logits."""
     reference.model.set_attn_implementation("eager")
     try:
         eager = states.logits(reference.model, ids)
@@ -140,127 +141,126 @@ def eager_check(
 
 
 def ratio_check(name: str, ours: float, theirs: float, detail: str) -> Check:
-    """The figure is `ours` as a multiple of `theirs`; 0 if both are 0."""
-    figure = ours / theirs if theirs else (math.inf if ours else 0.0)
-    return Check(name, figure, f"{ours:.2e} and {theirs:.2e}, {detail}")
+    """The value is `ours` divided by `theirs`; 0 if both are 0."""
+    ratio = ours / theirs if theirs else (math.inf if ours else 0.0)
+    return Check(name, ratio, f"{ours:.2e} and {theirs:.2e}, {detail}")
 
 
 def gradient_check(model: LlamaModel, reference: Reference, ids: Tensor) -> Check:
-    """The gradients of training, before clipping, against transformers' own."""
+    """The gradient of every parameter, before clipping."""
     ours = states.gradients(model, training_loss(model, ids))
     reference.model.requires_grad_(True)
     theirs = states.gradients(reference.model, reference.model(ids, labels=ids).loss)
     reference.model.requires_grad_(False)
     parts = {name: states.relative_difference(ours[name], theirs[name]) for name in theirs}
-    return largest("gradients match", parts)
+    return max_check("gradients match", parts)
 
 
-def encode(reference: Reference, text: str) -> Tensor:
-    """The prompt's ids, (1, T), at most 300."""
+def encode_prompt(reference: Reference, text: str) -> Tensor:
+    """The first 300 token ids of a text, (1, T)."""
     ids = reference.tokenizer(text, add_special_tokens=False).input_ids
     return torch.tensor([ids[:300]])
 
 
-def pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts (1, T) of different lengths as one left-padded batch of ids, and its mask."""
+def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts (1, T) of different lengths as one batch of ids (B, T), and its mask (B, T)."""
     rows = [prompt[0] for prompt in prompts]
     batch = pad_sequence(rows, batch_first=True, padding_value=-1, padding_side="left")
     return batch.clamp(min=0), batch >= 0
 
 
-def generated(model: LlamaModel, reference: Reference, new_tokens: int) -> Iterator[Check]:
-    """Greedy text of every prompt, generated on both sides, and the logits over it."""
-    prompts = {kind: encode(reference, text) for kind, text in PROMPTS}
-    # a batch of its own: padding all to its length would take ten times as long
+def generation_checks(model: LlamaModel, reference: Reference, new_tokens: int) -> Iterator[Check]:
+    """Both models continue every prompt greedily. Then the logits of each continuation."""
+    prompts = {kind: encode_prompt(reference, text) for kind, text in PROMPTS}
+    # a separate batch: padding the short prompts to its length would take ten times as long
     long = {kind: prompts.pop(kind) for kind, text in PROMPTS if text == LONG_PROMPT}
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": new_tokens}
     differing, first, parts = 0, "", {}
     for group in (prompts, long):
-        batch, mask = pad(list(group.values()))
+        batch, mask = left_pad(list(group.values()))
         ours = model.generate(batch, new_tokens, mask=mask)[:, batch.shape[1] :]
         theirs = reference.model.generate(batch, attention_mask=mask.long(), **greedy)
         theirs = theirs[:, batch.shape[1] :]
         differing += int((ours != theirs).sum())
-        for (kind, prompt), mine, other in zip(group.items(), ours, theirs, strict=True):
-            text = torch.cat([prompt, mine[None]], dim=1)
+        for (kind, prompt), our_ids, their_ids in zip(group.items(), ours, theirs, strict=True):
+            text = torch.cat([prompt, our_ids[None]], dim=1)
             logits = reference.model(text).logits
             parts[kind] = max_difference(model(text), logits)
-            if not first and not torch.equal(mine, other):
-                place = int((mine != other).nonzero()[0])
+            if not first and not torch.equal(our_ids, their_ids):
+                place = int((our_ids != their_ids).nonzero()[0])
                 best = logits[0, prompt.shape[1] + place - 1].topk(2).values
-                first = f"first: {kind}, token {place + 1}, where transformers' best two are "
-                first += f"{best[0] - best[1]:.2e} apart"
-    total = f"{len(PROMPTS)} prompts of {new_tokens} new tokens each, generated on both sides"
+                first = f"first: {kind}, token {place + 1}, where transformers' best two logits "
+                first += f"differ by {best[0] - best[1]:.2e}"
+    total = f"{len(PROMPTS)} prompts, {new_tokens} new tokens each, generated by both models"
     yield Check("greedy tokens match", differing, first or total)
-    yield largest("logits match on generated text", parts)
+    yield max_check("logits match on generated text", parts)
 
 
 def cache_check(model: LlamaModel, ids: Tensor) -> Check:
-    """Token by token through the cache, against all at once without one."""
+    """The logits of ids (1, T): token by token with a cache, and all at once without one."""
     cache = KVCache(model.config, 1, ids.shape[1], like=model.embed_tokens.weight)
     parts = {
-        f"token {place}": max_difference(model(ids[:, [place]], cache=cache)[:, 0], whole)
-        for place, whole in enumerate(model(ids).unbind(dim=1))
+        f"token {place}": max_difference(model(ids[:, [place]], cache=cache)[:, 0], logits)
+        for place, logits in enumerate(model(ids).unbind(dim=1))
     }
-    return largest("cache matches no cache", parts)
+    return max_check("logits match with and without cache", parts)
 
 
 def padding_check(model: LlamaModel, reference: Reference) -> Check:
-    """Prompts of different lengths in one left-padded batch, against each alone."""
-    prompts = {kind: encode(reference, text)[:, :100] for kind, text in PROMPTS}
-    batch, mask = pad(list(prompts.values()))
-    together = model.hidden(batch, mask=mask)
+    """The logits of every prompt: in one left-padded batch, and alone."""
+    prompts = {kind: encode_prompt(reference, text)[:, :100] for kind, text in PROMPTS}
+    batch, mask = left_pad(list(prompts.values()))
+    states_of_batch = model.hidden(batch, mask=mask)
     parts = {
         kind: max_difference(model.lm_head(row[None, -prompt.shape[1] :]), model(prompt))
-        for row, (kind, prompt) in zip(together, prompts.items(), strict=True)
+        for row, (kind, prompt) in zip(states_of_batch, prompts.items(), strict=True)
     }
-    return largest("padded batch matches single prompts", parts)
+    return max_check("padded batch matches single prompts", parts)
 
 
-def exported(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
-    """Written as a Hugging Face folder and read by transformers."""
+def export_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
+    """Tensors and logits after the model is exported and loaded again by transformers."""
     from transformers import AutoModelForCausalLM  # 3 s that `import workflow.proof` does not need
 
     with tempfile.TemporaryDirectory() as folder:
         export(model, reference.tokenizer, f"{folder}/exported", asdict(reference.provenance))
-        back = AutoModelForCausalLM.from_pretrained(f"{folder}/exported", local_files_only=True)
-    changed = unequal_tensors(hf_state_dict(model), dict(back.named_parameters()))
-    detail = ", ".join(changed[:3]) or "a Hugging Face folder, read by transformers"
+        loaded = AutoModelForCausalLM.from_pretrained(f"{folder}/exported", local_files_only=True)
+    changed = unequal_tensors(hf_state_dict(model), dict(loaded.named_parameters()))
+    detail = ", ".join(changed[:3]) or "a Hugging Face folder, loaded by transformers"
     yield Check("export keeps every tensor", len(changed), detail)
-    yield Check("export keeps the logits", max_difference(back.eval()(ids).logits, model(ids)))
+    yield Check("export keeps the logits", max_difference(loaded.eval()(ids).logits, model(ids)))
 
 
-def long_texts(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
-    """2048 and 8192 tokens of ids (1, N), repeated if too few, or as many as the context holds."""
-    import resource  # Windows has none: there, only the quick checks run
+def long_text_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
+    """Logits of 2048 and 8192 tokens of ids (1, N), or as many as fit into the context."""
+    import resource  # does not exist on Windows, where only the quick checks run
 
     context = min(model.config.max_position_embeddings, 8192)
-    ids = ids.repeat(1, -(-context // ids.shape[1]))[:, :context]
+    ids = ids.repeat(1, -(-context // ids.shape[1]))[:, :context]  # repeated if too short
     part = ids[:, :2048]
     sdpa = states.logits(reference.model, part)
+    difference = max_difference(states.logits(model, part), sdpa)
     detail = f"{part.shape[1]} tokens; transformers with SDPA attention"
-    yield Check(
-        "logits match, 2048 tokens", max_difference(states.logits(model, part), sdpa), detail
-    )
-    yield eager_check("logits match eager, 2048 tokens", model, reference, part, sdpa)
+    yield Check("logits match, 2048 tokens", difference, detail)
+    yield eager_check("distance to eager, 2048 tokens", model, reference, part, sdpa)
     del sdpa  # 0.4 GB
-    sides = (states.logits_in_chunks(side, ids) for side in (model, reference.model))
-    difference = max(max_difference(*pair) for pair in zip(*sides, strict=True))
+    chunks = (states.logits_in_chunks(side, ids) for side in (model, reference.model))
+    difference = max(max_difference(*pair) for pair in zip(*chunks, strict=True))
     yield Check("logits match, 8192 tokens", difference, f"{context} tokens")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes of `ru_maxrss`
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `ru_maxrss`
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    yield Check("peak memory, GB", peak, "of this process so far, with both models in it")
+    yield Check("peak memory, GB", peak, "of this process, with both models in memory")
 
 
 def bf16_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
-    """Our bf16 against transformers' float32, as a multiple of what its own bf16 differs."""
+    """Our bf16 error, divided by that of transformers; both against transformers in float32."""
     token_losses = partial(F.cross_entropy, target=ids[0, 1:], reduction="none")
     exact = states.logits(reference.model, ids)
     divergences, differences = [], []
     for side in (model, reference.model):
         logits = states.logits(states.in_bf16(side), ids).float()
         divergences.append(states.kl_divergence(logits, exact))
-        # the mean over tokens of the difference: the difference of the means is mostly noise
+        # differences token by token: the difference of the mean losses is mostly noise
         losses = token_losses(logits[0, :-1]), token_losses(exact[0, :-1])
         differences.append(F.l1_loss(*losses).item())
     yield ratio_check("bf16 logits as close as transformers'", *divergences, "nats per token")
@@ -269,5 +269,5 @@ def bf16_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterato
 
 @torch.no_grad()
 def reference_loss(reference: Reference, inputs: Tensor, targets: Tensor) -> float:
-    """transformers' loss of a batch, inputs and targets (B, T), as the training step defines it."""
+    """transformers' loss for a training batch: inputs (B, T), targets (B, T), already shifted."""
     return reference.model(inputs, labels=targets, shift_labels=targets.contiguous()).loss.item()

@@ -1,6 +1,6 @@
-"""Mutations: common mistakes put into the model one at a time, and which check finds each.
+"""Mutations: common mistakes, put into our model one at a time. Which check finds each of them?
 
-Each was seen in public re-implementations that load cleanly, run, and print success.
+Public re-implementations have them; they load without an error, run, and print success.
 """
 
 import copy
@@ -23,19 +23,19 @@ from tqdm import trange
 import SmolLm3
 from SmolLm3 import LlamaModel, LlamaRMSNorm
 from workflow.analysis.states import hidden_states
-from workflow.config import Config, MutationSettings
-from workflow.data import Corpus, batch_at, from_path, load_corpus
+from workflow.config import Config
+from workflow.data import Corpus, batch_at, load_corpus, local_source
 from workflow.files import write_text_atomic
-from workflow.proof.checks import computed, copied, training_loss
+from workflow.proof.checks import config_and_weight_checks, forward_pass_checks, training_loss
 from workflow.reference import Reference
 from workflow.training import NextTokenLoss, make_optimizer
-from workflow.training.hardware import machine
+from workflow.training.hardware import describe_device
 
 BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "no mutation", "random head", "targets shifted twice"
 
 
 def interleaved_rotation(model: LlamaModel) -> AbstractContextManager:
-    """Neighbouring channels are rotated as pairs: right for the paper, wrong for these weights."""
+    """Neighbouring channels are the pairs: as in the paper, but not for these weights."""
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -46,18 +46,18 @@ def interleaved_rotation(model: LlamaModel) -> AbstractContextManager:
 
 
 def positions_over_heads(model: LlamaModel) -> AbstractContextManager:
-    """The angle depends on the head, not on the position: a transpose was forgotten."""
-    right = SmolLm3.rotate
+    """The angle depends on the head, not on the position: a transpose is missing."""
+    original = SmolLm3.rotate
 
     def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         angles = model.rotary(torch.arange(x.shape[1], device=x.device))
-        return right(x, *(part.transpose(1, 2) for part in angles))  # (1, H, 1, D / 2)
+        return original(x, *(part.transpose(1, 2) for part in angles))  # (1, H, 1, D / 2)
 
     return patch.object(SmolLm3, "rotate", rotate)
 
 
 def other_theta(model: LlamaModel) -> AbstractContextManager:
-    """theta 10000, as in SmolLM and in SmolLM2's pretraining recipe; if that is right, 100000."""
+    """theta 10000, as in SmolLM and SmolLM2's pretraining recipe; 100000 if 10000 is correct."""
     theta = 100000.0 if model.rotary.theta == 10000.0 else 10000.0
     return patch.object(model.rotary, "theta", theta)
 
@@ -70,7 +70,7 @@ def unscaled_scores(model: LlamaModel) -> AbstractContextManager:
 
 
 def no_causal_mask(model: LlamaModel) -> AbstractContextManager:
-    """Every position sees the whole text, with the token that it should predict."""
+    """Every position sees the whole text, also the token that it must predict."""
 
     def visible(mask: Tensor | None, start: int, T: int, device: torch.device) -> Tensor:
         return torch.ones(T, start + T, dtype=torch.bool, device=device)
@@ -79,7 +79,7 @@ def no_causal_mask(model: LlamaModel) -> AbstractContextManager:
 
 
 def random_head(model: LlamaModel) -> AbstractContextManager:
-    """The head was not tied, and `strict=False` hid that its weights are missing."""
+    """The head is not tied to the embedding; `strict=False` hides that its weights are missing."""
     weight = model.embed_tokens.weight
     head = nn.Linear(*weight.T.shape, bias=False, device=weight.device)
     generator = torch.Generator(weight.device).manual_seed(0)
@@ -88,107 +88,109 @@ def random_head(model: LlamaModel) -> AbstractContextManager:
 
 
 def other_eps(model: LlamaModel) -> AbstractContextManager:
-    """eps 1e-6, the default of many config classes, instead of 1e-5; if that is right, 1e-5."""
-    eps = 1e-5 if model.norm.eps == 1e-6 else 1e-6  # a class's property hides the modules' values
+    """eps 1e-6, the default of many config classes; 1e-5 if 1e-6 is correct."""
+    eps = 1e-5 if model.norm.eps == 1e-6 else 1e-6  # the property hides each module's own eps
     return patch.object(LlamaRMSNorm, "eps", property(lambda module: eps), create=True)
 
 
 def targets_shifted_twice(model: LlamaModel) -> AbstractContextManager:
-    """The data shifts the targets by one, and so does the loss: the token after the next."""
-    right = NextTokenLoss.forward
+    """Data and loss both shift the targets: the model learns the token after the next one."""
+    original = NextTokenLoss.forward
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return right(self, inputs[:, :-1], targets[:, 1:])
+        return original(self, inputs[:, :-1], targets[:, 1:])
 
     return patch.object(NextTokenLoss, "forward", forward)
 
 
 MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
     BASELINE: nullcontext,
-    "interleaved rotation": interleaved_rotation,
-    "positions over heads": positions_over_heads,
-    "theta of another release": other_theta,
+    "interleaved RoPE pairs": interleaved_rotation,
+    "RoPE positions over heads": positions_over_heads,
+    "wrong RoPE theta": other_theta,
     "no 1/sqrt(D)": unscaled_scores,
     "no causal mask": no_causal_mask,
     RANDOM_HEAD: random_head,
-    "eps of another model": other_eps,
+    "wrong RMSNorm eps": other_eps,
     SHIFTED_TWICE: targets_shifted_twice,
 }
 
 
 @dataclass(frozen=True)
 class MutationResult:
-    """The first check that fails, where, and the size of the errors."""
+    """The first check that fails with a mutation, and the size of the errors."""
 
     name: str
-    failed_check: str | None  # None: all passed
-    where: str | None  # layer or tensor
+    failed_check: str | None  # None: all checks passed
+    where: str | None  # the first layer or tensor
     logit_error: float  # largest, absolute
-    layer_errors: list[float]  # after each layer, relative, as in the checks
-    loss: float  # nats per token on held-out text, with the mutation
+    layer_errors: list[float]  # relative, after each layer
+    loss: float  # nats per token, on held-out text
 
 
 @dataclass(frozen=True)
-class Curve:
-    """Training with a mutation, at one constant learning rate."""
+class LossCurve:
+    """Training with a mutation, at a constant learning rate."""
 
     name: str
     rate: float
-    losses: list[float]  # nats per token, of each step's batch
-    after: float  # on held-out text, after the last step
+    losses: list[float]  # nats per token, at each step
+    held_out_loss: float  # after the last step
 
 
 @torch.no_grad()
 def check_mutation(
     name: str, model: LlamaModel, reference: Reference, ids: Tensor, theirs: dict[str, Tensor]
 ) -> MutationResult:
-    """Runs the checks up to the loss on ids (1, T); theirs: the reference's `hidden_states`."""
+    """Runs the checks of config, weights and forward pass. theirs: see `forward_pass_checks`."""
     with MUTATIONS[name](model):
-        checks = {c.name: c for c in (*copied(model, reference), *computed(model, theirs, ids))}
+        found = [*config_and_weight_checks(model, reference)]
+        found += forward_pass_checks(model, theirs, ids)
         loss = training_loss(model, ids).item()
+    checks = {check.name: check for check in found}
     logit_error = checks["logits match"].value
     layer_errors = list(checks["hidden states match, layer by layer"].parts.values())
-    check = next((check for check in checks.values() if check.passed is False), None)
-    failed_check, where = (check.name, check.first_failure) if check else (None, None)
+    failed = next((check for check in found if check.passed is False), None)
+    failed_check, where = (failed.name, failed.first_failure) if failed else (None, None)
     return MutationResult(name, failed_check, where, logit_error, layer_errors, loss)
 
 
-def study(
+def run_mutations(
     model: LlamaModel, reference: Reference, config: Config
-) -> tuple[list[MutationResult], list[Curve]]:
-    """Checks and trains with every mutation in turn; `model` is unchanged afterwards.
+) -> tuple[list[MutationResult], list[LossCurve]]:
+    """Checks and trains the model with every mutation; `model` is unchanged at the end.
 
-    Training takes half an hour on a CPU; with 0 `mutations.steps`, `mutations.curves_file` is read.
+    Training takes half an hour on a CPU; with 0 `mutations.steps`, the curves are read from a file.
     """
     settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer
-    source = from_path(config.data.text, config.data.column)
+    source = local_source(config.data.fallback_text, config.data.column)
     corpus = load_corpus(config, tokenizer, reference.end_of_text, source)
     ids = torch.tensor(corpus.validation[: settings.tokens], dtype=torch.long)[None]
     with torch.no_grad():
         theirs = hidden_states(reference.model, ids)
     results = [check_mutation(name, model, reference, ids, theirs) for name in MUTATIONS]
-    origin = {
+    provenance = {
         "weights_sha256": reference.provenance.weights_sha256,
         "text_sha256": corpus.text_sha256,
         "held_out_tokens": settings.tokens,
         "batch": [settings.batch_size, settings.sequence_length],
     }
     if not settings.steps:
-        return results, load_curves(settings.curves_file, origin)
-    # other rates: could they explain a published curve that starts high and never falls?
-    high = (BASELINE, RANDOM_HEAD, SHIFTED_TWICE)
+        return results, load_curves(settings.curves_file, provenance)
+    # other rates: do they explain a published loss curve that starts high and never falls?
+    high_loss = (BASELINE, RANDOM_HEAD, SHIFTED_TWICE)
     pairs = [(name, settings.learning_rate) for name in MUTATIONS]
-    pairs += [(name, rate) for name in high for rate in settings.other_learning_rates]
+    pairs += [(name, rate) for name in high_loss for rate in settings.other_learning_rates]
     curves = [train_mutation(name, rate, model, corpus, ids, config) for name, rate in pairs]
-    save_curves(curves, settings.curves_file, origin)
+    save_curves(curves, settings.curves_file, provenance)
     return results, curves
 
 
 def train_mutation(
     name: str, rate: float, model: LlamaModel, corpus: Corpus, ids: Tensor, config: Config
-) -> Curve:
-    """A plausible training loop on a copy of `model`: AdamW, clipping, a constant rate."""
+) -> LossCurve:
+    """Trains a copy of `model` with AdamW and gradient clipping; ids: the held-out text (1, T)."""
     settings, model = config.mutations, copy.deepcopy(model)
     train = config.train.model_copy(update={"learning_rate": rate, "eps": settings.eps})
     size = settings.batch_size, settings.sequence_length
@@ -204,43 +206,43 @@ def train_mutation(
             optimizer.zero_grad()
             losses.append(round(loss.item(), 4))
         with torch.no_grad():
-            return Curve(name, rate, losses, training_loss(model, ids).item())
+            return LossCurve(name, rate, losses, training_loss(model, ids).item())
 
 
-def save_curves(curves: list[Curve], file: Path, origin: dict) -> None:
-    """Writes curves with what they were made from, when and where."""
-    record = origin | {
+def save_curves(curves: list[LossCurve], file: Path, provenance: dict) -> None:
+    content = provenance | {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{machine(torch.device('cpu'))}, torch {torch.__version__}",
+        "machine": f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}",
         "curves": [asdict(curve) for curve in curves],
     }
-    write_text_atomic(file, json.dumps(record) + "\n", "mutations.curves_file")
+    write_text_atomic(file, json.dumps(content) + "\n", "mutations.curves_file")
 
 
-def load_curves(file: Path, origin: dict) -> list[Curve]:
-    """The recorded curves; none if they are of other weights, another text or another batch."""
-    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if any(record.get(key) != value for key, value in origin.items()):
-        print("No curves are recorded for these weights and this text: set mutations.steps=100")
+def load_curves(file: Path, provenance: dict) -> list[LossCurve]:
+    """The saved curves; none if they are for other weights, another text or another batch size."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if any(content.get(key) != value for key, value in provenance.items()):
+        print("No curves are saved for these weights and this text: set mutations.steps=100")
         return []
-    curves = [Curve(**curve) for curve in record["curves"]]
-    print(f"Curves read from {file}: {len(curves[0].losses)} steps each, of {record['date']}")
+    # by position, because earlier versions called the last value `after`
+    curves = [LossCurve(*curve.values()) for curve in content["curves"]]
+    print(f"Curves read from {file}: {len(curves[0].losses)} steps each, of {content['date']}")
     return curves
 
 
-def table(results: list[MutationResult], curves: list[Curve], settings: MutationSettings):
-    """A DataFrame with a row for each mutation; last, the held-out loss after training."""
+def result_table(results: list[MutationResult], curves: list[LossCurve], rate: float):
+    """A DataFrame, one row per mutation; the last column is for training at `rate`."""
     import pandas as pd  # 0.5 s that other commands do not need
 
-    rows = pd.DataFrame(results).set_index("name").drop(columns="layer_errors")
-    trained = {curve.name: curve.after for curve in curves if curve.rate == settings.learning_rate}
-    rows["trained"] = pd.Series(trained)
-    rows["logit_error"] = rows["logit_error"].map("{:.2g}".format)
-    return rows.fillna({"failed_check": "none", "where": ""}).round(3)
+    table = pd.DataFrame(results).set_index("name").drop(columns="layer_errors")
+    trained = {c.name: c.held_out_loss for c in curves if c.rate == rate}
+    table["loss_after_training"] = pd.Series(trained)
+    table["logit_error"] = table["logit_error"].map("{:.2g}".format)
+    return table.fillna({"failed_check": "none", "where": ""}).round(3)
 
 
-def curve_table(curves: list[Curve]):
-    """A DataFrame with the first, lowest, highest and last loss of each curve."""
+def curve_table(curves: list[LossCurve]):
+    """A DataFrame, one row per curve: its first, lowest, highest and last loss."""
     import pandas as pd
 
     columns = ["name", "rate", "first", "lowest", "highest", "last"]

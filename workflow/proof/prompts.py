@@ -1,4 +1,4 @@
-"""What the models are asked in the proof: texts of different kinds, all written here."""
+"""The prompts of the proof: texts of different kinds, written for this project."""
 
 LONG_PROMPT = (
     "The mill stood where the valley narrowed, and for as long as anyone could remember it had "

@@ -1,8 +1,8 @@
-"""The original: where its weights and tokenizer come from, and export back into its formats."""
+"""The original model: loads its weights and tokenizer, and exports to its formats."""
 
 from workflow.reference.export import export
-from workflow.reference.gguf_file import read_tensors
-from workflow.reference.load import Reference, architecture_rows, find_in_package, load_reference
+from workflow.reference.gguf_file import read_gguf
+from workflow.reference.load import Reference, compare_configs, find_in_package, load_reference
 
-__all__ = ["Reference", "architecture_rows", "export", "find_in_package", "load_reference"]
-__all__ += ["read_tensors"]
+__all__ = ["Reference", "compare_configs", "export", "find_in_package", "load_reference"]
+__all__ += ["read_gguf"]

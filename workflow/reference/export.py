@@ -1,4 +1,4 @@
-"""Export: a model as a Hugging Face folder, which transformers loads without our code."""
+"""Exports a model as a Hugging Face folder, which transformers loads without our code."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ Written by `python main.py export`. transformers loads this folder without any f
 |---|---|
 {rows}
 
-The licence is that of the weights and the text that this was made from.
+The licence is that of the original weights and of the training text.
 """
 
 
@@ -38,11 +38,11 @@ def export(
     provenance: Mapping[str, object] | None = None,
     gguf: str | None = None,
 ) -> Path:
-    """Writes weights, configs, tokenizer and a model card; `folder` appears only when complete.
+    """Writes weights, configs, tokenizer and a model card. `folder` appears only when complete.
 
     tokenizer: a PreTrainedTokenizerFast. provenance: rows of the model card; `name` is its title.
-    gguf: F32, F16 or Q8_0, to add `<folder>-<gguf>.gguf`. A tied head is stored once.
-    Raises WorkflowError if the folder exists and is not empty.
+    gguf: F32, F16 or Q8_0 adds `<folder>-<gguf>.gguf`. Tied embeddings are stored once.
+    Raises WorkflowError if the folder exists and is not empty, or DiskError.
     """
     folder, provenance = Path(folder), {"name": "A Llama", **(provenance or {})}
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -73,7 +73,7 @@ def write_folder(model: LlamaModel, tokenizer, folder: Path) -> None:
     config.architectures, config.dtype = [kind], model.embed_tokens.weight.dtype
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(tokenizer, name))
-    # again under the keys of transformers 4, which would else take theta 10000 without a warning
+    # also with the keys of transformers 4, which otherwise uses theta 10000 without a warning
     rope = dict(config.rope_parameters)
     theta, scaling = rope.pop("rope_theta"), rope if rope["rope_type"] != "default" else None
     vars(config).update(rope_theta=theta, rope_scaling=scaling)

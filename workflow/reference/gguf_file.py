@@ -1,7 +1,7 @@
-"""GGUF, the format of llama.cpp: weights read and written with the `gguf` library.
+"""Reads and writes GGUF, the format of llama.cpp, with the `gguf` library.
 
-llama.cpp rotates neighbouring channels, Hugging Face's weights are for the half-split layout, so
-the rows of q and k are stored permuted (llama.cpp, convert_hf_to_gguf.py, `LlamaModel.permute`).
+llama.cpp rotates neighbouring channels; Hugging Face's weights are for the half-split layout. So
+GGUF stores the rows of q and k permuted (llama.cpp, convert_hf_to_gguf.py, `LlamaModel.permute`).
 """
 
 import json
@@ -19,40 +19,40 @@ from workflow.errors import WorkflowError
 
 
 def gguf_names(model: LlamaModel) -> dict[str, str]:
-    """Hugging Face's name of each tensor -> GGUF's."""
+    """Maps Hugging Face's tensor names to GGUF's."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     return {key: names.get_name(key, try_suffixes=(".weight",)) for key in hf_state_dict(model)}
 
 
-def permute(name: str, weight: np.ndarray, config: ModelConfig, *, inverse: bool) -> np.ndarray:
-    """Rows (heads × D, C) of q and k in llama.cpp's order, or back; other tensors unchanged."""
-    number = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    if (heads := number.get(name.split(".")[-2])) is None:
+def permute_qk(name: str, weight: np.ndarray, config: ModelConfig, *, inverse: bool) -> np.ndarray:
+    """Reorders the rows (heads × D, C) of q and k for llama.cpp, or back. Others: unchanged."""
+    heads_of = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if (heads := heads_of.get(name.split(".")[-2])) is None:
         return weight
-    halves = (config.head_dim // 2, 2) if inverse else (2, config.head_dim // 2)
-    return weight.reshape(heads, *halves, -1).swapaxes(1, 2).reshape(weight.shape)
+    pairs = (config.head_dim // 2, 2) if inverse else (2, config.head_dim // 2)
+    return weight.reshape(heads, *pairs, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def read_tensors(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face's names and float32 values of a file, as the gguf library dequantises them.
+def read_gguf(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Yields Hugging Face's name and float32 values of each tensor, dequantised by `gguf`.
 
-    A tensor that the model does not have comes empty, under its name in the file.
+    A tensor that the model lacks has its name in the file and no values.
     """
     with torch.device("meta"):
         names = {stored: name for name, stored in gguf_names(LlamaModel(config)).items()}
     for tensor in gguf.GGUFReader(path).tensors:
         if name := names.get(tensor.name):
             values = dequantize(tensor.data, tensor.tensor_type)
-            yield name, torch.tensor(permute(name, values, config, inverse=True))
+            yield name, torch.tensor(permute_qk(name, values, config, inverse=True))
         else:
             yield tensor.name, torch.empty(0)
 
 
 def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -> None:
-    """Writes weights and tokenizer; the folder of `path` has the tokenizer's own files already.
+    """Writes weights and tokenizer. The tokenizer's files must be in the folder of `path`.
 
-    tokenizer: a PreTrainedTokenizerFast. kind: F32, F16 or Q8_0. name: what the weights are.
-    Raises WorkflowError for an architecture or a tokenizer that the format cannot describe.
+    tokenizer: a PreTrainedTokenizerFast. kind: F32, F16 or Q8_0. name: of the weights.
+    Raises WorkflowError if GGUF cannot describe the architecture or the tokenizer.
     """
     check_supported(model.config, tokenizer)
     writer = gguf.GGUFWriter(path, "llama")
@@ -62,8 +62,8 @@ def write_gguf(model: LlamaModel, tokenizer, path: Path, kind: str, name: str) -
     add_tokenizer(writer, tokenizer, path.parent, model.config.vocab_size)
     names = gguf_names(model)
     for key, weight in hf_state_dict(model).items():
-        values = permute(key, weight.float().cpu().numpy(), model.config, inverse=False)
-        dtype = gguf.GGMLQuantizationType[stored_type(kind, weight)]
+        values = permute_qk(key, weight.float().cpu().numpy(), model.config, inverse=False)
+        dtype = gguf.GGMLQuantizationType[storage_type(kind, weight)]
         writer.add_tensor(names[key], quantize(values, dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -77,12 +77,12 @@ def check_supported(config: ModelConfig, tokenizer) -> None:
             raise WorkflowError("GGUF", f"it cannot describe a model with {field}", "omit --gguf")
     steps = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     if [step["type"] for step in steps.get("pretokenizers", [])] != ["Digits", "ByteLevel"]:
-        what = "it cannot name how this tokenizer cuts a text, which is not as SmolLM's does"
+        what = "it has no name for this tokenizer's pre-tokenizer, which is not SmolLM's"
         raise WorkflowError("GGUF", what, "omit --gguf")
 
 
-def stored_type(kind: str, weight: Tensor) -> str:
-    """Vectors stay float32; Q8_0 needs rows of whole blocks of 32 values, else it is F16."""
+def storage_type(kind: str, weight: Tensor) -> str:
+    """Vectors stay F32. Q8_0 needs rows of a multiple of 32 values; other matrices get F16."""
     if weight.ndim == 1:
         return "F32"
     return "F16" if kind == "Q8_0" and weight.shape[-1] % 32 else kind
@@ -104,14 +104,14 @@ def add_architecture(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, folder: Path, vocab_size: int) -> None:
-    """A byte-level BPE. The gguf library reads merges and chat template from `folder`."""
+    """Adds a byte-level BPE. The `gguf` library reads merges and chat template from `folder`."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")  # llama.cpp's name for the pre-tokenizer of SmolLM
     writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(vocab_size))))
     writer.add_token_types([control if i in special else normal for i in range(vocab_size)])
-    kept = ("bos", "eos", "pad", "unk")
-    vocabulary = gguf.SpecialVocab(folder, load_merges=True, special_token_types=kept)
+    types = ("bos", "eos", "pad", "unk")
+    vocabulary = gguf.SpecialVocab(folder, load_merges=True, special_token_types=types)
     vocabulary.add_special_token = {"bos": False}
     vocabulary.add_to_gguf(writer, quiet=True)

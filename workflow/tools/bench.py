@@ -1,6 +1,6 @@
-"""Speed and memory against transformers, with the same weights, tokens, loss and precision.
+"""Speed and memory, compared with transformers on the same weights, tokens, loss and precision.
 
-Each side has its own process, so its peak memory is its own; one waits while the other works.
+Each model has its own process, to measure its peak memory. While one works, the other waits.
 """
 
 import datetime
@@ -24,21 +24,23 @@ from workflow.config import Config
 from workflow.reference import Reference, load_reference
 from workflow.training import TrainStep, hardware, make_optimizer
 
-THEIRS, COMPILED, BF16 = "transformers", "compiled", "bfloat16 weights"  # variants of a case
-HEADER = "| | tokens/s | transformers, tokens/s | ratio, median of pairs | peak GB | its peak GB |"
+THEIRS, COMPILED, BF16 = "transformers", "compiled", "bfloat16 weights"  # variants
+HEADER = (
+    "| | tokens/s | transformers, tokens/s | ratio, median of pairs | peak GB | transformers, GB |"
+)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: what is measured, at which size, and which variant is compared."""
+    """One row of the report: the task, its size, and what is compared with plain transformers."""
 
-    work: str  # a key of `WORKS`
+    task: str  # a key of `TASKS`
     batch_size: int
-    length: int
-    variant: str = ""  # what is compared with plain transformers; "": plain ours
+    length: int  # tokens
+    variant: str = ""  # "": our model in float32, not compiled
 
     def __str__(self) -> str:
-        name = f"{self.work}, {self.batch_size} × {self.length} tokens"
+        name = f"{self.task}, {self.batch_size} × {self.length} tokens"
         return f"{name}, {self.variant}" if self.variant else name
 
 
@@ -54,15 +56,15 @@ def cases(device: torch.device) -> list[Case]:
     ]
 
 
-def training(case: Case, reference: Reference, config: Config) -> Callable:
-    """A training step: forward, backward, clipping, fused AdamW."""
+def training_step(case: Case, reference: Reference, config: Config) -> Callable:
+    """A function that does one training step: forward, backward, clipping, fused AdamW."""
     settings, device = config.train, config.device
     tokens = random_tokens(reference, case.batch_size, case.length + 1).to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if THEIRS not in case.variant:
         changes = {"batch_size": case.batch_size, "micro_batch_size": None, "warmup_steps": 0}
         changes |= {"compile": COMPILED in case.variant}
-        hardware.prepare(device)
+        hardware.prepare_device(device)
         step = TrainStep(our_model(reference), settings.model_copy(update=changes), device)
         return lambda: (step(0, inputs, targets), step.metrics())
     model = reference.model.requires_grad_(True)
@@ -81,7 +83,7 @@ def training(case: Case, reference: Reference, config: Config) -> Callable:
 
 
 def generation(case: Case, reference: Reference, config: Config) -> Callable:
-    """Greedy generation after a prompt of 16 tokens, without stop tokens."""
+    """A function that generates greedily after a prompt of 16 tokens, without stop tokens."""
     prompt = random_tokens(reference, case.batch_size, 16).to(config.device)
     if THEIRS not in case.variant:
         precision = torch.bfloat16 if case.variant == BF16 else torch.float32
@@ -93,7 +95,7 @@ def generation(case: Case, reference: Reference, config: Config) -> Callable:
 
 
 def prefill(case: Case, reference: Reference, config: Config) -> Callable:
-    """The logits after a prompt, with its keys and values cached."""
+    """A function that computes the logits after a prompt, and caches its keys and values."""
     prompt = random_tokens(reference, case.batch_size, case.length).to(config.device)
     if THEIRS not in case.variant:
         model = our_model(reference)
@@ -101,11 +103,11 @@ def prefill(case: Case, reference: Reference, config: Config) -> Callable:
     return torch.no_grad()(lambda: reference.model(prompt, use_cache=True, logits_to_keep=1))
 
 
-WORKS = {"training step": training, "greedy generation": generation, "prefill": prefill}
+TASKS = {"training step": training_step, "greedy generation": generation, "prefill": prefill}
 
 
 def our_model(reference: Reference) -> LlamaModel:
-    """Our model in place of transformers', whose memory is freed."""
+    """Our model with the reference's weights; the memory of transformers' model is freed."""
     model, device = LlamaModel(reference.config), reference.model.device
     load_hf_weights(model, reference.state_dict)
     reference.model.to("meta")
@@ -117,39 +119,39 @@ def random_tokens(reference: Reference, batch_size: int, length: int) -> torch.T
     return torch.randint(reference.config.vocab_size, (batch_size, length), generator=generator)
 
 
-def serve(pipe: Connection, case: Case, config: Config) -> None:
-    """The process of one side: a warm-up call, then a timed one for each True received.
+def worker(pipe: Connection, case: Case, config: Config) -> None:
+    """Runs in its own process: one warm-up call, then sends the time of a call for each True.
 
-    At the end it sends the most memory that it has had, in GB: on its GPU, or in all.
+    When it receives False, it sends its peak memory in GB (of the GPU, if there is one) and ends.
     """
     sys.stdout = open(os.devnull, "w")
     reference = load_reference(
         config.reference.source, config.model_entry, cache=config.paths.cache
     )
     reference.model.to(config.device)
-    call = WORKS[case.work](case, reference, config)
-    wait = torch.cuda.synchronize if config.device.type == "cuda" else lambda: None
+    run_task = TASKS[case.task](case, reference, config)
+    synchronize = torch.cuda.synchronize if config.device.type == "cuda" else lambda: None
     again = True
     while again:
-        began = time.perf_counter()
-        call()
-        wait()
-        pipe.send(time.perf_counter() - began)
+        start = time.perf_counter()
+        run_task()
+        synchronize()
+        pipe.send(time.perf_counter() - start)
         again = pipe.recv()
     if config.device.type == "cuda":
         pipe.send(torch.cuda.max_memory_allocated() / 1e9)
     else:
-        import resource  # not on Windows
+        import resource  # does not exist on Windows
 
         pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 
 @contextmanager
-def started(case: Case, config: Config) -> Iterator[Callable[[bool], float]]:
-    """A side's process after its warm-up: True times one more call, False gives its peak memory."""
+def worker_process(case: Case, config: Config) -> Iterator[Callable[[bool], float]]:
+    """Starts a worker. Gives a function: True → time of one more call, False → peak memory."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=serve, args=(there, case, config), daemon=True)
+    process = context.Process(target=worker, args=(there, case, config), daemon=True)
     process.start()
     there.close()
     try:
@@ -161,22 +163,22 @@ def started(case: Case, config: Config) -> Iterator[Callable[[bool], float]]:
 
 
 def measure(case: Case, config: Config, rounds: int) -> str:
-    """The Markdown row of a case; both sides are timed in turn."""
-    plain = Case(case.work, case.batch_size, case.length, THEIRS)
-    with started(case, config) as ours, started(plain, config) as theirs:
-        pairs = [(ours(True), theirs(True)) for _ in range(rounds)]
-        memory = f"{ours(False):.2f} | {theirs(False):.2f}"
-    ratios = sorted(t / o for o, t in pairs)  # above 1, ours is faster
+    """The Markdown row of a case; our model and transformers take turns."""
+    plain = Case(case.task, case.batch_size, case.length, THEIRS)
+    with worker_process(case, config) as call_ours, worker_process(plain, config) as call_theirs:
+        pairs = [(call_ours(True), call_theirs(True)) for _ in range(rounds)]
+        memory = f"{call_ours(False):.2f} | {call_theirs(False):.2f}"
+    ratios = sorted(t / o for o, t in pairs)  # above 1: ours is faster
     ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    mine, other = (statistics.median(times) for times in zip(*pairs))
+    ours, theirs = (statistics.median(times) for times in zip(*pairs))
     tokens = case.batch_size * case.length
-    return f"| {case} | {tokens / mine:.1f} | {tokens / other:.1f} | {ratio} | {memory} |"
+    return f"| {case} | {tokens / ours:.1f} | {tokens / theirs:.1f} | {ratio} | {memory} |"
 
 
 def report(config: Config, rounds: int, only: str = "") -> str:
-    """All rows whose name contains `only`, in Markdown, after the date, machine and versions."""
+    """Date, machine, versions, and a Markdown table of all cases whose name contains `only`."""
     device, precision = config.device, config.train.precision
-    lines = [f"{datetime.date.today()}; {hardware.machine(device)}; {precision}"]
+    lines = [f"{datetime.date.today()}; {hardware.describe_device(device)}; {precision}"]
     lines += [f"torch {torch.__version__}, transformers {transformers.__version__}", ""]
     lines += [HEADER, "|---" * 6 + "|"]
     for case in cases(device):

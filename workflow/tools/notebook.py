@@ -1,4 +1,4 @@
-"""Executes main.ipynb in a Jupyter kernel, showing its output live."""
+"""Executes main.ipynb in a Jupyter kernel and shows its output live."""
 
 import asyncio
 import os
@@ -21,24 +21,24 @@ from workflow.errors import WorkflowError
 from workflow.files import write_text_atomic
 
 NOTEBOOK, RUNS = Path("main.ipynb"), Path("runs")
-SKIPPED = "skip-execution"  # the tag of cells for interactive readers only
+SKIP_TAG = "skip-execution"  # the tag of cells for interactive use only
 
 
 def execute(profile: str | None, overrides: Sequence[str], in_place: bool = False) -> None:
-    """Executes the notebook and keeps it in its run's folder, as .ipynb and .html.
+    """Executes the notebook and writes it to the folder of its run, as .ipynb and .html.
 
-    Ctrl-C and SIGTERM are passed on to the kernel, where the run saves itself; then SystemExit is
-    raised. in_place: also keeps the output in main.ipynb itself.
-    Raises WorkflowError, with the exit code of the kernel's error, if a cell fails.
+    Ctrl-C and SIGTERM go to the kernel, where the run saves a checkpoint; then SystemExit is
+    raised. in_place: also writes the output into main.ipynb.
+    If a cell fails, raises WorkflowError with the exit code of the error in the kernel.
     """
     if not NOTEBOOK.is_file():
         raise WorkflowError(NOTEBOOK, "there is no such file", "run this in the project's folder")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    words = [os.environ.get(OVERRIDES_VARIABLE, ""), shlex.join(overrides)]
-    environment = os.environ | {OVERRIDES_VARIABLE: " ".join(words)}
-    # the log level: else each run warns that loopback is not encrypted
+    settings = [os.environ.get(OVERRIDES_VARIABLE, ""), shlex.join(overrides)]
+    environment = os.environ | {OVERRIDES_VARIABLE: " ".join(settings)}
+    # without this log level, each run warns that loopback is not encrypted
     options = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
-    options |= {"skip_cells_with_tag": SKIPPED, "record_timing": False, "coalesce_streams": True}
+    options |= {"skip_cells_with_tag": SKIP_TAG, "record_timing": False, "coalesce_streams": True}
     client = LiveClient(notebook, **options)
     try:
         client.execute(env=environment | ({PROFILE_VARIABLE: profile} if profile else {}))
@@ -46,10 +46,10 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
         if client.stopped_by:
             print("Stopped; the same command continues", file=sys.stderr)
             sys.exit(128 + client.stopped_by)
-        keep(notebook, RUNS / "failed")
-        raise failure(error) from None
+        write_notebook(notebook, RUNS / "failed")
+        raise one_line_error(error) from None
     folder = run_folder(notebook)
-    keep(notebook, folder / NOTEBOOK.stem)
+    write_notebook(notebook, folder / NOTEBOOK.stem)
     if in_place:
         write_text_atomic(NOTEBOOK, nbformat.writes(notebook) + "\n", "paths.runs")
     print(f"\nMade:\n  {folder}/main.html   the executed notebook: open it in a browser")
@@ -59,9 +59,9 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
 
 
 class LiveClient(NotebookClient):
-    """Prints what the kernel prints, and passes signals on to it."""
+    """Prints what the kernel prints, and sends it the signals that this process gets."""
 
-    stopped_by = 0  # the number of the last signal
+    stopped_by = 0  # number of the last signal
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] == "stream":
@@ -75,37 +75,37 @@ class LiveClient(NotebookClient):
         await super().async_start_new_kernel(**options)
 
     async def async_execute_cell(self, *arguments, **options):
-        if self.stopped_by:  # a kernel between two cells ignores an interrupt
+        if self.stopped_by:  # between two cells, the kernel ignores an interrupt
             raise DeadKernelError("stopped between two cells")
         return await super().async_execute_cell(*arguments, **options)
 
     def stop(self, number: int) -> None:
-        """The first signal interrupts the cell, which saves; a second one kills the kernel."""
+        """The first signal interrupts the cell, which saves. A second signal kills the kernel."""
         again, self.stopped_by = bool(self.stopped_by), number
         if self.km.has_kernel:
             number = signal.SIGKILL if again else signal.SIGINT
             self.stopping = asyncio.ensure_future(self.km.signal_kernel(number))
 
 
-def failure(error: Exception) -> WorkflowError:
-    """The error of a cell, or of a dead kernel, in one line; ours keep their exit code."""
+def one_line_error(error: Exception) -> WorkflowError:
+    """The error of a cell or of a dead kernel; the exit code is that of a WorkflowError, else 1."""
     name, what = getattr(error, "ename", ""), getattr(error, "evalue", error)
-    fix = f"see how far it came in {RUNS / 'failed.ipynb'}"
-    found = WorkflowError(NOTEBOOK, f"{name}: {what}".removeprefix(": "), fix)
-    found.exit_code = getattr(getattr(errors, name, None), "exit_code", 1)
-    return found
+    fix = f"read the output so far in {RUNS / 'failed.ipynb'}"
+    result = WorkflowError(NOTEBOOK, f"{name}: {what}".removeprefix(": "), fix)
+    result.exit_code = getattr(getattr(errors, name, None), "exit_code", 1)
+    return result
 
 
 def run_folder(notebook: NotebookNode) -> Path:
-    """The folder that the executed notebook printed as its run's."""
+    """The folder of the run, as the executed notebook printed it."""
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     texts = "\n".join(output.get("text", "") for output in outputs)
     found = re.findall(r"^Run folder: (.+)$", texts, re.MULTILINE)
     return Path(found[-1]) if found else RUNS
 
 
-def keep(notebook: NotebookNode, stem: Path) -> None:
-    """Writes an executed notebook as .ipynb and as .html."""
+def write_notebook(notebook: NotebookNode, stem: Path) -> None:
+    """Writes an executed notebook as .ipynb and .html."""
     from nbconvert import HTMLExporter  # 1 s that a stopped run does not need
 
     page, _ = HTMLExporter().from_notebook_node(notebook)

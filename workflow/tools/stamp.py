@@ -1,4 +1,4 @@
-"""What an executed notebook says about itself: commit, versions, weights, text, steps."""
+"""What made an executed notebook: commit, versions, machine, weights, text and steps."""
 
 import hashlib
 import platform
@@ -12,11 +12,11 @@ import nbformat
 from workflow.training import hardware
 from workflow.training.metrics import git_commit
 
-CELLS = "code cells sha256"
+CELLS_HASH = "code cells sha256"
 
 
 def stamp(notebook: Path, run: Any) -> str:
-    """The facts, one a line. run: a finished `workflow.training.run.Run`."""
+    """One fact per line. run: a finished `workflow.training.run.Run`."""
     began = [row for row in run.history if "began" in row]
     ends = [row["step"] for row in began[1:]] + [run.global_step]
     steps = {
@@ -28,18 +28,18 @@ def stamp(notebook: Path, run: Any) -> str:
     facts = {
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC at commit {git_commit()}",
         "versions": ", ".join([f"Python {platform.python_version()}", *libraries]),
-        "machine": hardware.machine(run.config.device),
+        "machine": hardware.describe_device(run.config.device),
         "run": f"{run.name} (ends in the hash of settings, weights and text)",
         "weights": f"{run.provenance['name']}, sha256 {run.provenance['weights_sha256'][:16]}",
         "text": f"{run.corpus.name}, sha256 {run.corpus.text_sha256[:16]}",
         **steps,
-        CELLS: cells_sha256(notebook),
+        CELLS_HASH: cells_sha256(notebook),
     }
     return "\n".join(f"{name:<19}{fact}" for name, fact in facts.items())
 
 
 def cells_sha256(notebook: Path) -> str:
-    """The hash of a notebook's code cells; outputs and markdown do not change it."""
+    """The hash of all code cells of a notebook, without their outputs."""
     cells = nbformat.read(notebook, as_version=4).cells
     sources = [cell.source for cell in cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()

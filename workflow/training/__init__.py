@@ -1,4 +1,4 @@
-"""Training: the trainer, one step, checkpoint and exact resume, metrics, processes, hardware."""
+"""Training: trainer, training step, checkpoints, exact resume, metrics, processes, hardware."""
 
 from workflow.training.open import initial_model, open_run, resume_run
 from workflow.training.resume import load_foreign_model, load_model

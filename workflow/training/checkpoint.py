@@ -1,8 +1,8 @@
-"""Checkpoints: one torch zip file each, with everything that the next step depends on.
+"""Checkpoints: one torch file (a zip archive) each, with all that the next step depends on.
 
-Written next to its name, read back, synced and only then renamed. Reading checks the archive's
-directory, every record's CRC (torch checks none), `torch.load` with `weights_only=True`, the
-contents, a digest over all of them, and NaN.
+Writing is atomic: a temporary file is written, read back, synced and then renamed. Reading checks
+the list of the archive's records, the CRC of each record (torch checks none), what the pickle
+calls, the contents, their digest, and NaN. `torch.load` runs with `weights_only=True`.
 """
 
 import pickletools
@@ -23,29 +23,29 @@ from workflow.errors import CheckpointError, DamagedError, ForeignError, NonFini
 from workflow.files import atomic_write, sha256_of
 
 FORMAT = "smollm-workflow checkpoint"
-FORMAT_VERSION = 3  # 2, which is also read, has other names of settings
-# What a checkpoint must hold to be resumed.
+FORMAT_VERSION = 3  # version 2, with other names of settings, can still be read
+# The contents that a resume needs, with their types.
 CONTENTS = {
     "format": str,
     "format_version": int,
     "step": int,
     "model": dict,  # Hugging Face's name -> tensor
-    "optimizer": dict,  # its kind, and torch's own state dict, with the parameters' names
-    "random": dict,  # every random state
-    "data": dict,  # hash and sizes of the text; with config's seed, the order of the data
-    "config": dict,  # the settings of the run, as plain values
-    "tokenizer": dict,  # end of text, vocabulary, sha256
-    "reference": dict,  # provenance of the weights and the text that the run started from
-    "environment": dict,  # where it was written: exact resume is promised only there
-    "digest": str,  # sha256 over all of the above
+    "optimizer": dict,  # its class, and torch's state dict with the names of the parameters
+    "random": dict,  # all random states
+    "data": dict,  # hash and size of the text; data and seed determine every batch
+    "config": dict,  # the settings of the run, as numbers, strings and lists
+    "tokenizer": dict,  # sha256, size of the vocabulary, end-of-text token
+    "reference": dict,  # provenance of the first weights and of the text
+    "environment": dict,  # torch, device, threads; the resume is bit-exact if they are equal
+    "digest": str,  # sha256 of all of the above
 }
-# All that a pickle of tensors calls. torch's own allow-list has bytearray, too, of any size.
-CALLS = re.compile(
+# The functions that a pickle of tensors calls. torch also allows bytearray, of any size.
+ALLOWED_CALLS = re.compile(
     r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage"
 )
-MAX_VALUES = 200_000  # of nested contents; aliases can make endless ones of a small file
-SETTING = "paths.checkpoints"  # the key of the YAML that says where checkpoints are
-LOOKS_LIKE = (  # how a file that is no archive starts, and what it then is
+MAX_VALUES = 200_000  # a small file can contain lists of lists with billions of values
+FOLDER_KEY = "paths.checkpoints"  # the configuration key of the folder
+FILE_KINDS = (  # of files that are no archives: how they start, and a description
     (rb"$", "it is empty"),
     (rb"version https://git-lfs", "it is a git-LFS pointer, not the file: type git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|head|\?xml)", "it is an HTML page, perhaps of a failed download"),
@@ -55,21 +55,21 @@ LOOKS_LIKE = (  # how a file that is no archive starts, and what it then is
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` atomically. Raises NonFiniteError or DiskError; the file before stays."""
-    if names := not_finite(state):
+    """Writes `state` atomically. After NonFiniteError or DiskError, an older file is unchanged."""
+    if names := non_finite_tensors(state):
         what = f"{names[0]} is not finite at step {state['step']}, nothing is saved"
         raise NonFiniteError(path, what, "lower train.learning_rate")
     state = {"format": FORMAT, "format_version": FORMAT_VERSION, **state}
     state["digest"] = sha256_of(flatten(state))
     size = sum(value.nbytes for _, value in flatten(state) if isinstance(value, Tensor))
-    with atomic_write(path, SETTING, size) as temporary:
+    with atomic_write(path, FOLDER_KEY, size) as temporary:
         with open(temporary, "wb") as file:  # given a path, torch.save would store its name
             torch.save(state, file)
         check_archive(temporary)
 
 
 def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dicts and sequences, with its dotted name."""
+    """The values of nested dicts and sequences, with dotted names: {"a": [5]} gives ("a.0", 5)."""
     if not isinstance(value, (Mapping, list, tuple)) or not value:
         yield name, value
         return
@@ -77,74 +77,75 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield from flatten(part, f"{name}.{key}" if name else str(key))
 
 
-def not_finite(state: Any) -> list[str]:
-    """The names of the tensors that hold NaN or inf."""
+def non_finite_tensors(state: Any) -> list[str]:
+    """The names of the tensors with NaN or inf."""
     tensors = ((name, value) for name, value in flatten(state) if isinstance(value, Tensor))
     return [name for name, t in tensors if t.is_floating_point() and not t.isfinite().all()]
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The verified contents, on the CPU.
+    """Reads and verifies a checkpoint; its tensors are on the CPU.
 
-    Raises CheckpointError; of a damaged file, it names the newest good one next to it.
+    Raises CheckpointError. If the file is damaged, it names the newest undamaged one of the folder.
     """
     try:
         return _load(path)
     except DamagedError as error:
         others = (checkpoint_path(path.parent, step) for step in steps_in(path.parent))
         good = next((other.name for other in others if other != path and is_valid(other)), None)
-        fix = f"resume from {good}, the newest good one" if good else "no good one is next to it"
+        fix = f"resume from {good}, the newest good one" if good else "its folder has no good one"
         raise DamagedError(path, error.what, fix) from None
 
 
 def _load(path: Path) -> dict[str, Any]:
-    state = read(path)
+    state = read_torch_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise foreign_error(path, state)
-    if state.get("format_version") not in (2, FORMAT_VERSION):
-        what = f"its format is version {state.get('format_version')}, this code's {FORMAT_VERSION}"
+    if (version := state.get("format_version")) not in (2, FORMAT_VERSION):
+        what = f"its format is version {version}, this code reads {FORMAT_VERSION}"
         raise CheckpointError(path, what, "use the release that wrote it")
     missing = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     if missing:
-        what = f"it lacks {', '.join(missing)}"
+        what = f"it has no {', '.join(missing)}"
         raise CheckpointError(path, what, "it cannot be resumed, choose another")
     if state.pop("digest") != sha256_of(flatten(state)):
         raise DamagedError(path, "its contents do not match its digest", "choose another")
-    if names := not_finite(state):
-        raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
+    if names := non_finite_tensors(state):
+        raise CheckpointError(path, f"{names[0]} contains NaN or inf", "choose an older one")
     settings = state["config"].get("train", {})
     for old in settings.keys() & RENAMED_KEYS:
         settings[RENAMED_KEYS[old]] = settings.pop(old)
     return state
 
 
-def read(path: Path) -> Any:
-    """What a torch file holds, ours or not, on the CPU. Raises CheckpointError."""
+def read_torch_file(path: Path) -> Any:
+    """The contents of any torch file, on the CPU. Raises CheckpointError."""
     check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         values = list(islice(flatten(content), MAX_VALUES + 1))
-    except Exception as error:  # reading a file that is not ours can fail in any way
+    except Exception as error:  # a file of another program can cause any error
         what = f"it cannot be read as a checkpoint ({type(error).__name__})"
         raise DamagedError(path, what, "choose another") from None
     for name, t in ((name, value) for name, value in values if isinstance(value, Tensor)):
         if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
             raise DamagedError(path, f"{name} is larger than its record", "choose another")
     if len(values) > MAX_VALUES:
-        raise DamagedError(path, "its contents have no end", "choose another")
+        raise DamagedError(path, f"it has over {MAX_VALUES} values", "choose another")
     return content
 
 
 def foreign_error(path: Path, content: Any) -> ForeignError:
-    """Why a valid torch file of another program cannot be resumed; with its weights, if any."""
-    keys = ("model", "state_dict", "model_state_dict", "module")  # of others' checkpoints
+    """The error for a valid torch file of another program, with its weights if it has some."""
+    keys = ("model", "state_dict", "model_state_dict", "module")  # used by other programs
     places = [content, *map(content.get, keys)] if isinstance(content, dict) else []
     for weights in places:
         items = weights.items() if isinstance(weights, dict) else ()
         if items and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in items):
-            if names := not_finite(weights):
-                raise CheckpointError(path, f"{names[0]} holds NaN or inf", "choose an older one")
-            what = f"it has {len(items)} weights, but no moments, step or random states of a run"
+            if names := non_finite_tensors(weights):
+                what = f"{names[0]} contains NaN or inf"
+                raise CheckpointError(path, what, "choose an older one")
+            what = f"it has {len(items)} weights, but no moments, step and random states"
             fix = f"it can be evaluated, not resumed: main.py evaluate {path} --data TEXT"
             error = ForeignError(path, what, fix)
             error.weights = weights
@@ -155,17 +156,11 @@ def foreign_error(path: Path, content: Any) -> ForeignError:
 
 
 def check_archive(path: Path) -> None:
-    """Raises CheckpointError if a torch file cannot be read or is damaged; unpacks nothing."""
+    """Raises CheckpointError if a file is unreadable, damaged or unsafe; unpickles nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if wrong := suspicious(archive.infolist(), path.stat().st_size):
-                raise DamagedError(path, f"{wrong}, nothing was unpacked", "choose another")
-            if record := archive.testzip():
-                raise DamagedError(path, f"record {record} is damaged", "choose another")
-            for record in archive.namelist():
-                if record.endswith(".pkl") and (call := odd_call(archive.read(record))):
-                    what = f"its pickle calls {call}, nothing of it was run"
-                    raise DamagedError(path, what, "choose another")
+            if problem := archive_problem(archive, path.stat().st_size):
+                raise DamagedError(path, problem, "choose another")
     except FileNotFoundError:
         raise CheckpointError(path, "there is no such file", "choose another") from None
     except OSError as error:
@@ -174,38 +169,44 @@ def check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
         with open(path, "rb") as file:
             start = file.read(64)
-        kinds = (words for pattern, words in LOOKS_LIKE if re.match(pattern, start))
+        kinds = (kind for pattern, kind in FILE_KINDS if re.match(pattern, start))
         what = next(kinds, f"it is damaged ({error})")
         raise DamagedError(path, what, "choose another") from None
 
 
-def suspicious(records: list[zipfile.ZipInfo], size: int) -> str | None:
-    """What in an archive's directory torch.save never writes, in words."""
+def archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:
+    """The first thing in an archive that `torch.save` never writes. `size`: of the file, bytes."""
     names: set[str] = set()
-    for record in records:
+    for record in archive.infolist():
         name = record.filename
         if name in names:
             return f"record {name!r} appears twice"
         if ".." in name or not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name):
-            return f"record {name!r} has a name that torch never gives"
+            return f"record {name!r} has a name that torch never uses"
         if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
             return f"record {name!r} is compressed, which torch never does"
         names.add(name)
     if len({name.partition("/")[0] for name in names}) > 1:
         return "its records are in more than one folder"
-    total = sum(record.file_size for record in records)
-    return f"its records claim {total} bytes, the file has {size}" if total > size else None
+    total = sum(record.file_size for record in archive.infolist())
+    if total > size:
+        return f"its records claim {total} bytes, the file has {size}"
+    if damaged := archive.testzip():
+        return f"record {damaged} is damaged"
+    calls = (forbidden_call(archive.read(name)) for name in names if name.endswith(".pkl"))
+    return next((f"its pickle calls {call}" for call in calls if call), None)
 
 
-def odd_call(pickle: bytes) -> str | None:
-    """What a pickle calls, if that is more than tensors need."""
+def forbidden_call(pickle: bytes) -> str | None:
+    """The first function that a pickle calls although tensors do not need it."""
     operations = pickletools.genops(pickle)
-    calls = [argument for operation, argument, _ in operations if operation.name == "GLOBAL"]
-    return next((call.replace(" ", ".") for call in calls if not CALLS.fullmatch(call)), None)
+    calls = (argument for operation, argument, _ in operations if operation.name == "GLOBAL")
+    forbidden = (call for call in calls if not ALLOWED_CALLS.fullmatch(call))
+    return next((call.replace(" ", ".") for call in forbidden), None)
 
 
 def is_valid(path: Path) -> bool:
-    """Whether the archive is undamaged; its contents are not looked at."""
+    """Whether the archive is undamaged; its contents are not checked."""
     with suppress(CheckpointError):
         check_archive(path)
         return True
@@ -222,8 +223,11 @@ def steps_in(folder: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest good checkpoint. Raises CheckpointError if all are damaged, or one is foreign."""
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest undamaged checkpoint, as path and state; None if there is none.
+
+    Raises CheckpointError if all are damaged, or if one is from another program or version.
+    """
     steps = steps_in(folder)
     for step in steps:
         try:
@@ -237,10 +241,10 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The run's tokenizer. Raises CheckpointError."""
+    """The tokenizer of the run in this folder. Raises CheckpointError."""
     file = folder / "tokenizer.json"
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing more specific
         what = f"the run's tokenizer is missing or damaged ({error})"
-        raise CheckpointError(file, what, "put it back") from None
+        raise CheckpointError(file, what, "restore the file") from None

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints."""
+"""The folder with the checkpoints of a run."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -10,22 +10,22 @@ from workflow.training import checkpoint, distributed
 
 
 class RunDirectory:
-    """Where a run's checkpoints are; locked for one process, which alone may save there.
+    """The folder with the checkpoints of a run. The main process locks it and alone saves there.
 
-    Raises BusyError, naming that process, or DiskError.
+    Raises BusyError, with the name of the process that has the lock, or DiskError.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.locked = folder, distributed.is_main_process()
         if self.locked:
-            self._lock = lock_folder(folder, checkpoint.SETTING)
-            if earlier := getattr(self._lock, "run", None):  # opened before, by this process
+            self._lock = lock_folder(folder, checkpoint.FOLDER_KEY)
+            if earlier := getattr(self._lock, "run", None):  # opened earlier by this same process
                 earlier.save_and_close()
-                self._lock = lock_folder(folder, checkpoint.SETTING)
+                self._lock = lock_folder(folder, checkpoint.FOLDER_KEY)
             remove_temporary_files(folder)
 
-    def belongs_to(self, run) -> None:
-        """`run` is saved and closed if this process opens its folder again."""
+    def close_on_reopen(self, run) -> None:
+        """If this process opens the folder again, `run` is saved and closed first."""
         if self.locked:
             self._lock.run = run
 
@@ -33,7 +33,7 @@ class RunDirectory:
         return checkpoint.checkpoint_path(self.folder, step)
 
     def save(self, state: dict[str, Any], keep: int, milestones: Collection[int]) -> None:
-        """Writes a checkpoint, then deletes older ones: all but `keep` and the `milestones`."""
+        """Writes a checkpoint, then deletes old ones, except the newest `keep` and `milestones`."""
         checkpoint.save(self.checkpoint(state["step"]), state)
         older = [step for step in checkpoint.steps_in(self.folder) if step <= state["step"]]
         for step in older[keep:]:
@@ -43,10 +43,10 @@ class RunDirectory:
     def check_free_space(self, config: Config, weights_bytes: int) -> None:
         """Raises DiskError if the checkpoints of the whole run will not fit."""
         saves = config.last_step // config.train.checkpoint_every + 2
-        count = min(saves, config.train.keep_checkpoints + 2)  # the resumed one, and one at work
+        count = min(saves, config.train.keep_checkpoints + 2)  # a resumed and a temporary one
         missing = max(count - len(checkpoint.steps_in(self.folder)), 1)
         size = 3 * weights_bytes * missing  # weights and two moments
-        check_free_space(self.folder, size, f"{count} checkpoints", checkpoint.SETTING)
+        check_free_space(self.folder, size, f"{count} checkpoints", checkpoint.FOLDER_KEY)
 
     def close(self) -> None:
         if self.locked:

@@ -1,6 +1,6 @@
-"""The processes of one run, as `torchrun` starts them; without it there is one.
+"""Training with several processes, started by `torchrun`; without it there is one process.
 
-They work on slices of the same batch. The main process, rank 0, is the only one that writes.
+Each process gets a slice of the same batch. Only the main process, rank 0, writes files.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from workflow.errors import LostProcessError, WorkflowError
 
-LOST = ("gloo", "nccl", "connect")  # words in torch's error when a process has gone
+LOST_PROCESS_WORDS = ("gloo", "nccl", "connect")  # in torch's error when a process has ended
 
 
 def world_size() -> int:
@@ -30,20 +30,20 @@ def is_main_process() -> bool:
 
 
 def start(supported: bool) -> None:
-    """Joins the processes of `torchrun`, if any; only the main one prints.
+    """Connects the processes of `torchrun`, if any. Only the main process prints from then on.
 
-    supported: whether the command can run in several. Raises WorkflowError if not.
+    supported: whether the command can run in several processes. Raises WorkflowError if not.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
     if not supported:
         what = "torchrun has started several processes"
-        fix = "start it with python; only train and resume run in several"
+        fix = "start it with python; only train and resume can use several"
         raise WorkflowError("this command", what, fix)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    wait = timedelta(minutes=30)  # of the others, while the main process validates and saves
+    wait = timedelta(minutes=30)  # the others wait while the main process validates and saves
     with translate_errors():
         dist.init_process_group(backend, timeout=wait)
     if not is_main_process():
@@ -51,22 +51,24 @@ def start(supported: bool) -> None:
 
 
 def end() -> None:
-    """Leaves together with the other processes, if any, once everything is written."""
+    """Ends all processes together, if there are several, after everything is written."""
     if dist.is_initialized():
-        with suppress(LostProcessError):  # it left a moment earlier
+        with suppress(LostProcessError):  # another process ended a moment earlier
             all_reduce_max(0)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # in a usual exit a thread of gloo's can abort, and torchrun reports failure
+        os._exit(0)  # in a normal exit a thread of gloo can abort, and torchrun reports a failure
 
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """torch's error about a process that is gone becomes one line."""
+    """Turns torch's error about a lost process into a LostProcessError."""
     try:
         yield
     except RuntimeError as error:
-        if not dist.is_initialized() or not any(word in str(error).lower() for word in LOST):
+        if not dist.is_initialized() or not any(
+            word in str(error).lower() for word in LOST_PROCESS_WORDS
+        ):
             raise
         what = "another process of this run has ended"
         fix = "start the same command again: it continues from the newest checkpoint"
@@ -75,17 +77,17 @@ def translate_errors() -> Iterator[None]:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """The main process runs the block, then the others: they read what it has written."""
+    """The main process runs the block, then the others do: they read what it has written."""
     if not is_main_process():
         all_reduce_max(0)  # waits for the main process
     yield
     if is_main_process():
         all_reduce_max(0)
-    all_reduce_max(0)  # nobody leaves before all are done
+    all_reduce_max(0)  # all processes leave together
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of all processes' numbers. Waits for the processes, not for their GPUs."""
+    """The largest of the numbers that the processes give. Does not wait for their GPUs."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number)
@@ -95,7 +97,7 @@ def all_reduce_max(number: int) -> int:
 
 
 def all_reduce_mean(values: torch.Tensor) -> torch.Tensor:
-    """The mean over all processes."""
+    """The mean over all processes; changes `values` in place."""
     if world_size() > 1:
         with translate_errors():
             dist.all_reduce(values)

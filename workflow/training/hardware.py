@@ -1,4 +1,4 @@
-"""The machine: its allocator, its C++ compiler, its names, and what a GPU can do at most."""
+"""The machine: memory allocator, C++ compiler, device names, peak speed of GPUs."""
 
 import ctypes
 import os
@@ -11,30 +11,30 @@ import torch
 
 from SmolLm3 import ModelConfig
 
-# bf16 tensor cores, without sparsity, TFLOP/s, from data sheets; the first match counts
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
-PEAKS |= {"A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71}
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # of glibc's malloc.h
+# bf16 TFLOP/s without sparsity, from data sheets; the first name that matches counts
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+PEAK_TFLOPS |= {"A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71}
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1  # from glibc's malloc.h
 
 
-def prepare(device: torch.device) -> None:
-    """For training: makes a GPU deterministic; on a CPU, lets glibc keep memory that is freed.
+def prepare_device(device: torch.device) -> None:
+    """Prepares training: makes a GPU deterministic; on a Linux CPU, lets glibc reuse freed memory.
 
-    By default the kernel maps each large tensor anew and clears its pages first: a quarter of the
-    time of a step of 1 x 128 tokens. Other systems and allocators are left alone.
+    By default glibc returns large tensors to the kernel, which clears the pages again: a quarter
+    of the time of a step of 1 x 128 tokens. Other allocators stay as they are.
     """
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)  # the price of a bit-exact resume on a GPU
-        torch.utils.deterministic.fill_uninitialized_memory = False  # we read none
+        torch.use_deterministic_algorithms(True)  # slower, but the resume is bit-exact
+        torch.utils.deterministic.fill_uninitialized_memory = False  # none is read
     elif sys.platform == "linux" and not os.environ.get("LD_PRELOAD"):
         if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
             mallopt(M_MMAP_MAX, 0)
             mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def compiler() -> str | None:
-    """The C++ compiler that `torch.compile` needs, if there is one."""
+def find_cpp_compiler() -> str | None:
+    """The path of a C++ compiler for `torch.compile`, or None."""
     names = (os.environ.get("CXX"), "g++", "clang++", "cl" if sys.platform == "win32" else None)
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
@@ -42,10 +42,10 @@ def compiler() -> str | None:
 def flops_per_token(config: ModelConfig, length: int) -> int:
     """Floating-point operations of training on one token, in sequences of `length`: 6 N + 6 L T C.
 
-    Each of the N parameters that are multiplied (a tied embedding once, as the head; an untied one
-    not at all) costs 2 forward and 4 backward; each of L layers 12 T C for the scores and the
-    values (T length, C heads x head size), halved because a token sees only those before it
-    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). Recomputed ones do not count.
+    N: parameters that are multiplied, with 2 operations forward and 4 backward. A tied embedding
+    counts once, as the head; an untied one does not count. L: layers, with 12 T C for scores and
+    values (T: length, C: heads x head size), halved by the causal mask (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B). Operations repeated by activation checkpointing do not count.
     """
     C, D = config.hidden_size, config.head_dim
     wide, narrow = config.num_attention_heads * D, config.num_key_value_heads * D
@@ -55,15 +55,15 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """bf16 FLOP/s of a GPU by its maker's data sheet; None if it is not in `PEAKS`."""
+    """The bf16 FLOP/s in a GPU's data sheet; None if it is not in `PEAK_TFLOPS`."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for known, tera in PEAKS.items() if known in name), None)
+    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
 
 
-def machine(device: torch.device) -> str:
-    """The name of a GPU, or of the CPU with the number of threads."""
+def describe_device(device: torch.device) -> str:
+    """The name of the GPU; or of the CPU, with its instruction set and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What a run logs and prints: metrics.jsonl, TensorBoard, a progress bar, traces to compare."""
+"""What a run logs and prints: metrics.jsonl, TensorBoard, progress bar, traces to compare."""
 
 import json
 import os
@@ -21,13 +21,14 @@ from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError
 from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
 
-SETTING = "paths.runs"  # the key of the YAML that says where logs are
-TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}  # TensorBoard's; else the key
+FOLDER_KEY = "paths.runs"  # the configuration key of the folder
+# TensorBoard's names of values; the other values have the same name there
+TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """Some steps of a run, to compare bit for bit: their losses, and the weights after the last."""
+    """The losses of some steps, and the weights after the last: to compare runs bit for bit."""
 
     first_step: int
     losses: tuple[float, ...]
@@ -39,15 +40,16 @@ class StepTrace:
         return cls(**values | {"losses": tuple(values["losses"])})
 
     def write(self, file: Path) -> None:
-        write_text_atomic(file, json.dumps(asdict(self)), SETTING)
+        write_text_atomic(file, json.dumps(asdict(self)), FOLDER_KEY)
 
 
 class InMemoryLogger:
-    """The rows of a run, in `rows`. Each is a flat dict with "step" (steps done) and any of
+    """Collects the metrics of a run in `rows`. Each row is a flat dict with "step" (steps done) and
 
-    loss (nats a token, before the update), learning_rate, gradient_norm (before clipping),
-    tokens_per_second, flops_utilisation (of a GPU's bf16 peak, if known); validation_loss; prompt
-    and sample; or `began` (when, UTC) and `commit`: of the code that computed the steps after it.
+    - loss (nats per token, before the update), learning_rate, gradient_norm (before clipping),
+      tokens_per_second, and flops_utilisation (fraction of a GPU's bf16 peak, if known); or
+    - validation_loss (nats per token); or prompt and sample (the generated text); or
+    - began (time, UTC) and commit (of the code): the next steps were trained by a new process.
     """
 
     def __init__(self):
@@ -66,53 +68,54 @@ class InMemoryLogger:
         return any(key in row for row in self.rows if row["step"] == step)
 
     def sample(self, step: int, prompt: str) -> str | None:
-        """The text generated from `prompt` at `step`, if there is one."""
+        """The text generated from `prompt` at `step`, or None."""
         rows = (row for row in self.rows if row["step"] == step and row.get("prompt") == prompt)
         return next((row["sample"] for row in rows), None)
 
 
 class MetricsLogger(InMemoryLogger):
-    """The same in metrics.jsonl and TensorBoard; rows after `step` are removed. Raises DiskError.
+    """Also writes the rows to metrics.jsonl and TensorBoard. Earlier rows after `step` are removed.
 
-    provenance: of weights and text, kept next to the log. settings: the run's, for TensorBoard.
+    provenance: of weights and text, written to provenance.json. settings: shown in TensorBoard.
+    Raises DiskError.
     """
 
     def __init__(self, folder: Path, step: int, provenance: Mapping, settings: Mapping):
         self.folder, file = folder, folder / "metrics.jsonl"
-        self._began = datetime.now(UTC).isoformat(timespec="seconds")
-        with disk_errors(folder, SETTING):
+        self._start_time = datetime.now(UTC).isoformat(timespec="seconds")
+        with disk_errors(folder, FOLDER_KEY):
             folder.mkdir(parents=True, exist_ok=True)
             remove_temporary_files(folder)
             old = read_rows(file)
-            if step == 0 and any(row["step"] > 0 for row in old):  # its checkpoints are gone
+            if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
                 file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
             self.rows = [row for row in old if row["step"] <= step and step]
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
-            write_text_atomic(file, lines, SETTING)
+            write_text_atomic(file, lines, FOLDER_KEY)
             text = json.dumps(provenance, indent=1) + "\n"
-            write_text_atomic(folder / "provenance.json", text, SETTING)
-            self._file = open(file, "ab", buffering=0)  # a kill loses no row
+            write_text_atomic(folder / "provenance.json", text, FOLDER_KEY)
+            self._file = open(file, "ab", buffering=0)  # unbuffered: a kill loses no row
             self._board = summary_writer(folder, step)
             if not step:
                 for tag, values in (("provenance", provenance), ("config", settings)):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
 
     def log(self, row: dict[str, Any]) -> None:
-        if self._began and "loss" in row:  # the first step that this process trains
-            began, self._began = self._began, None
+        if self._start_time and "loss" in row:  # the first step that this process trains
+            began, self._start_time = self._start_time, None
             self.log({"step": row["step"] - 1, "began": began, "commit": git_commit()})
         super().log(row)
-        with disk_errors(self.folder, SETTING):
+        with disk_errors(self.folder, FOLDER_KEY):
             self._file.write((json.dumps(row) + "\n").encode())
             for key, value in row.items():
                 if isinstance(value, float):
-                    self._board.add_scalar(TAGS.get(key, key), value, row["step"])
+                    self._board.add_scalar(TENSORBOARD_TAGS.get(key, key), value, row["step"])
             if "sample" in row:
                 self._board.add_text("sample", row["sample"], row["step"])
 
     def log_histograms(self, step: int, model: nn.Module) -> None:
-        """Weights, and gradients if there are any, for TensorBoard only."""
-        with disk_errors(self.folder, SETTING):
+        """Shows the weights, and the gradients if there are some, in TensorBoard."""
+        with disk_errors(self.folder, FOLDER_KEY):
             for name, parameter in model.named_parameters():
                 for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
                     if values is not None:
@@ -120,32 +123,32 @@ class MetricsLogger(InMemoryLogger):
 
     def flush(self) -> None:
         if not self._file.closed:
-            with disk_errors(self.folder, SETTING):
+            with disk_errors(self.folder, FOLDER_KEY):
                 os.fsync(self._file.fileno())
                 self._board.flush()
 
     def close(self) -> None:
         self._file.close()
-        with disk_errors(self.folder, SETTING):
+        with disk_errors(self.folder, FOLDER_KEY):
             self._board.close()
 
 
 def summary_writer(folder: Path, step: int) -> SummaryWriter:
-    """A TensorBoard writer that continues after `step`: later points are purged."""
+    """A TensorBoard writer that continues after `step`: TensorBoard then hides later points."""
     now = int(time.time())  # TensorBoard orders event files by the second in their names
     if any(folder.glob(f"events.out.tfevents.{now}.*")):
         time.sleep(now + 1 - time.time())
     before = set(threading.enumerate())
     writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
     for thread in set(threading.enumerate()) - before:
-        # its thread keeps an error for the writer, which raises it: no traceback of its own
+        # an error in this thread is raised by the writer later: the thread prints no traceback
         thread._invoke_excepthook = lambda _: None
     return writer
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of the complete lines. Raises CheckpointError, with the number of a damaged one."""
-    # a kill can leave a partial last line
+    """The rows of a log. Raises CheckpointError, with the number of a damaged line."""
+    # a kill can leave a partial last line: it is ignored
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
     rows = []
     for number, line in enumerate(filter(None, lines), 1):
@@ -159,7 +162,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def git_commit() -> str:
-    """The commit of this code, with a + if tracked files differ from it."""
+    """The git commit of this code, with a + if tracked files have changed since."""
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, check=True)  # noqa: S603
@@ -169,7 +172,7 @@ def git_commit() -> str:
 
 
 class ProgressBar:
-    """A bar and, every so many steps, a line; after a resume it counts from there."""
+    """A progress bar, and a line for some steps. After a resume both count from the checkpoint."""
 
     def __init__(self, settings: TrainSettings, resumed_at: int):
         self.settings, self.resumed_at = settings, resumed_at
@@ -181,13 +184,13 @@ class ProgressBar:
         self._bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
 
     def show(self, row: Mapping[str, Any]) -> None:
-        """Moves the bar, and prints the row's line if it has one."""
+        """Moves the bar by one step, and prints the step's line if it has one."""
         self._bar.update()
         if line := step_line(row, self.settings, self.resumed_at):
             tqdm.write(line, file=sys.stdout)
 
     def clear(self) -> None:
-        """Takes the bar off the line that will be printed on."""
+        """Erases the bar before something else is printed."""
         self._bar.clear()
 
     def close(self) -> None:
@@ -195,7 +198,7 @@ class ProgressBar:
 
 
 def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) -> str | None:
-    """What is printed for a step, if anything; after a resume, counted from the checkpoint."""
+    """The line printed for a step, or None. After a resume, steps count from the checkpoint."""
     step, loss = row["step"], row["loss"]
     if not resumed_at:
         shown = step % settings.log_every == 0
@@ -208,7 +211,7 @@ def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) 
 def replay_log(
     rows: Iterable[Mapping[str, Any]], settings: TrainSettings, resumed_at: int, step: int
 ) -> None:
-    """Prints logged rows as training printed them."""
+    """Prints logged rows in the same form as training does."""
     print(f"already at step {step}; replaying the log:")
     for row in rows:
         if "sample" in row:
@@ -218,7 +221,7 @@ def replay_log(
 
 
 def loss_summary(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
-    """How the losses of a log went, and how far below the unigram model's they ended."""
+    """First, best and last losses of a log, compared with the loss of the unigram model."""
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [(row["validation_loss"], row["step"]) for row in rows if "validation_loss" in row]
     first, last = fmean(losses[:100]), fmean(losses[-100:])
@@ -232,8 +235,8 @@ def loss_summary(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
 
 
 def sample_table(rows: Iterable[Mapping[str, Any]]):
-    """The samples of a log by step, as a styled DataFrame with the whole texts."""
-    import pandas as pd  # 1 s that training does not need
+    """The generated texts of a log by step, as a styled DataFrame."""
+    import pandas as pd  # imported here because it takes 1 s, and training does not need it
 
     samples = [(row["step"], " ".join(row["sample"].split())) for row in rows if "sample" in row]
     texts = [(step, "".join(filter(str.isprintable, text))) for step, text in samples]

@@ -1,4 +1,4 @@
-"""Opening a run: from its settings, or from one of its checkpoints."""
+"""Opens a run: from its settings, or from one of its checkpoints."""
 
 import tempfile
 from collections.abc import Collection
@@ -11,7 +11,7 @@ import torch
 
 from SmolLm3 import LlamaModel, load_hf_weights
 from workflow.config.settings import Config
-from workflow.data import Corpus, from_path, load_corpus
+from workflow.data import Corpus, load_corpus, local_source
 from workflow.errors import CheckpointError
 from workflow.files import write_text_atomic
 from workflow.training import checkpoint, distributed
@@ -22,7 +22,7 @@ from workflow.training.trainer import Trainer
 
 
 def open_run(config: Config, reference, corpus: Corpus) -> Run:
-    """The run of these settings, weights and data: at its newest good checkpoint, or at step 0.
+    """The run of these settings, weights and data, at its newest undamaged checkpoint or at step 0.
 
     reference: a `workflow.reference.Reference`. Raises CheckpointError, BusyError or DiskError.
     """
@@ -31,7 +31,7 @@ def open_run(config: Config, reference, corpus: Corpus) -> Run:
         directory = RunDirectory(config.paths.checkpoints / name)
         on_error.callback(directory.close)
         save_tokenizer(reference.tokenizer, directory)
-        loaded = checkpoint.newest(directory.folder)
+        loaded = checkpoint.load_newest(directory.folder)
         print(f"Run {name}: {f'resuming from {loaded[0].name}' if loaded else 'starts at step 0'}")
         trainer = Trainer(config, corpus)
         if config.train.init == "reference" and not loaded:
@@ -49,24 +49,23 @@ def run_name(config: Config, reference, corpus: Corpus) -> str:
 def resume_run(
     path: str | Path, config: Config, allow: Collection[str] = (), corpus: Corpus | None = None
 ) -> Run:
-    """The run that `path` is a checkpoint of, in new objects, at that step.
+    """The run of a checkpoint, in new objects.
 
-    path: a file, or a folder for the newest in it. If the run has gone on since, its newest
-    checkpoint is loaded instead: no step is trained twice.
-    allow: what may differ from the checkpoint; see `resume.check_allowed`. corpus: the run's data;
-    None: loaded again.
+    path: a checkpoint, or a folder for its newest one. If the run has later checkpoints, the newest
+    is loaded instead: no step is trained twice. allow: what may differ from the checkpoint; see
+    `resume.check_allowed`. corpus: the run's data; None: it is loaded again.
     """
     check_allowed(allow)
-    path, state = find_checkpoint(config.paths.checkpoints, Path(path).resolve())
+    path, state = load_checkpoint(config.paths.checkpoints, Path(path).resolve())
     resumed_at = state["step"]
     with distributed.main_process_first(), ExitStack() as on_error:
-        corpus = corpus or saved_corpus(config, path.parent, state)
+        corpus = corpus or reload_corpus(config, path.parent, state)
         directory = RunDirectory(path.parent)
         on_error.callback(directory.close)
         print(f"Loaded {path.name}")
         if max(checkpoint.steps_in(path.parent), default=0) > resumed_at:
-            path, state = checkpoint.newest(path.parent)
-            print(f"The run has gone on since: its log goes to {path.name}")
+            path, state = checkpoint.load_newest(path.parent)
+            print(f"This run has later checkpoints: {path.name} is loaded instead")
         trainer = Trainer(config, corpus)
         run = Run(trainer, directory, state["reference"], (path, state), resumed_at, allow)
         on_error.pop_all()
@@ -74,47 +73,48 @@ def resume_run(
 
 
 def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
-    """Writes transformers' `tokenizer` next to the checkpoints: a resume needs no reference."""
-    last = "tokenizer.json"  # where it is, all files are
+    """Writes transformers' `tokenizer` next to the checkpoints, for a resume."""
+    last = "tokenizer.json"  # written last: if it exists, all files exist
     if directory.locked and not (directory.folder / last).is_file():
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             texts = {file.name: file.read_text("utf-8") for file in Path(folder).iterdir()}
         texts.pop(last)
         for name, text in {**texts, last: tokenizer.backend_tokenizer.to_str()}.items():
-            write_text_atomic(directory.folder / name, text, checkpoint.SETTING)
+            write_text_atomic(directory.folder / name, text, checkpoint.FOLDER_KEY)
 
 
-def saved_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus:
-    """The data of a checkpoint's run, loaded again, with the tokenizer next to the checkpoint."""
+def reload_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus:
+    """Loads the data of a checkpoint's run again, with the tokenizer from the same folder."""
     tokenizer, end_of_text = checkpoint.load_tokenizer(folder), state["tokenizer"]["end_of_text"]
     corpus, settings = load_corpus(config, tokenizer, end_of_text), config.data
     if settings.source == "auto" and corpus.text_sha256 != state["data"].get("text_sha256"):
-        source = from_path(settings.text, settings.column)  # the Hub could not be reached then
+        # the run was started without the Hub
+        source = local_source(settings.fallback_text, settings.column)
         corpus = load_corpus(config, tokenizer, end_of_text, source)
     return corpus
 
 
-def find_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:
-    """`path`, or the newest checkpoint in that folder, and its state.
+def load_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint `path`, or the newest one of the folder `path`, with its state.
 
-    Raises CheckpointError if the run is not one of those in `checkpoints`.
+    Raises CheckpointError if it is not in a folder of `checkpoints`.
     """
     if path.is_dir():
-        found = checkpoint.newest(path)
+        found = checkpoint.load_newest(path)
         if found is None:
-            raise CheckpointError(path, "no checkpoint in this folder", "name another")
+            raise CheckpointError(path, "no checkpoint in this folder", "choose another")
     else:
         found = path, checkpoint.load(path)
     if found[0].parent.parent != checkpoints.resolve():
         place = found[0].parent.parent
-        fix = f"put its folder there, or give --set paths.checkpoints={place}"
+        fix = f"move its folder there, or add --set paths.checkpoints={place}"
         raise CheckpointError(found[0], f"it is not in {checkpoints}", fix)
     return found
 
 
 def initial_model(config: Config, reference) -> LlamaModel:
-    """The model as a run has it at step 0; no random state changes."""
+    """The model of a run at step 0. Random states stay as they are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = LlamaModel(config.train_architecture)

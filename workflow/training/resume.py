@@ -1,4 +1,4 @@
-"""Exact resume: a checkpoint's contents are compared, then loaded into a new trainer."""
+"""Exact resume: compares a checkpoint with the current run, then loads it into a new trainer."""
 
 import platform
 import random
@@ -17,12 +17,13 @@ from SmolLm3 import LlamaModel, ModelConfig, hf_name, hf_state_dict, load_hf_wei
 from workflow.errors import CheckpointError, ConfigError, ForeignError
 from workflow.training import checkpoint, distributed
 
-State = dict[str, Any]  # of a checkpoint, or a part of it; see `checkpoint.CONTENTS`
+State = dict[str, Any]  # a checkpoint or a part of it; see `checkpoint.CONTENTS`
+Names = Collection[str]
 RANDOM_STATES = ("torch", "cuda", "numpy", "python")
 
 
 def random_states() -> State:
-    """Every random state of the process, as tensors and tuples that `weights_only=True` reads."""
+    """All random states of the process, in types that `torch.load(weights_only=True)` accepts."""
     kind, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -33,13 +34,13 @@ def random_states() -> State:
 
 
 def seed_random_states(seed: int) -> None:
-    torch.manual_seed(seed)  # GPUs, too
+    torch.manual_seed(seed)  # CPU and GPUs
     np.random.seed(seed)
     random.seed(seed)
 
 
 def restore_random_states(states: State) -> None:
-    """Restores those that are there; the GPUs' only on a machine with as many."""
+    """Restores the given states; those of GPUs only if the machine has the same number of GPUs."""
     if "python" in states:
         random.setstate(states["python"])
     if "torch" in states:
@@ -52,7 +53,7 @@ def restore_random_states(states: State) -> None:
 
 
 def environment(device: torch.device) -> State:
-    """Where a checkpoint is written: exact resume is promised only where all this is equal."""
+    """What must be equal for a bit-exact resume."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "torch": str(torch.__version__),
@@ -63,18 +64,18 @@ def environment(device: torch.device) -> State:
     }
 
 
-def check_allowed(names: Collection[str]) -> None:
-    """Raises ConfigError for names that are neither a key of `train` nor "random" (states)."""
+def check_allowed(names: Names) -> None:
+    """Raises ConfigError unless each name is a key of `train`, or "random" (missing states)."""
     for name in names:
         if name != "random" and not name.startswith("train."):
             fix = "name a key such as train.learning_rate, or random"
             raise ConfigError(f"--allow {name}", "this must be as in the checkpoint", fix)
 
 
-def compare(path: Path, saved: State, now: State, allowed: Collection[str] = ()) -> list[str]:
-    """Prints a table of what differs, and returns its keys, if all are in `allowed`.
+def compare(path: Path, saved: State, now: State, allowed: Names = ()) -> list[str]:
+    """Prints a table of the differences between two nested dicts, and returns their keys.
 
-    Raises CheckpointError, with both values, if a key that is not allowed differs.
+    Raises CheckpointError, with both values, if a key differs that is not in `allowed`.
     """
     before, after = dict(checkpoint.flatten(saved)), dict(checkpoint.flatten(now))
     differ = [name for name in before | after if before.get(name) != after.get(name)]
@@ -95,22 +96,23 @@ def compare(path: Path, saved: State, now: State, allowed: Collection[str] = ())
 
 
 def restore(
-    path: Path, state: State, fixed: State, model: LlamaModel, optimizer: AdamW, allowed: Collection
+    path: Path, state: State, expected: State, model: LlamaModel, optimizer: AdamW, allowed: Names
 ) -> None:
-    """Loads the checkpoint `path` with this `state` into model, optimizer and random states.
+    """Loads the `state` read from `path` into model, optimizer and random states.
 
-    fixed: the parts of it that must be equal, but for what is `allowed`; a line says what makes the
-    resume inexact. Raises CheckpointError; then the trainer must not be used.
+    expected: parts that the state must equal; keys in `allowed` may differ, which is printed.
+    Raises CheckpointError. The trainer must not be used after that.
     """
-    inexact = compare(path, {part: state[part] for part in fixed}, fixed, allowed)
+    inexact = compare(path, {part: state[part] for part in expected}, expected, allowed)
     missing = [name for name in RANDOM_STATES if name not in state["random"]]
     if missing and "random" not in allowed:
         what = f"the random states {', '.join(missing)} are missing"
-        raise CheckpointError(path, what, "choose another, or, inexactly: --allow random")
-    weights = normalize_names(state["model"], path)
+        fix = "choose another, or resume inexactly with --allow random"
+        raise CheckpointError(path, what, fix)
+    weights = normalize_weight_names(state["model"], path)
     try:
         for name, tensor in hf_state_dict(model).items():
-            check_alike(name, weights.get(name, tensor), tensor)
+            check_dtype_and_shape(name, weights.get(name, tensor), tensor)
         load_optimizer(optimizer, state["optimizer"])
         load_weights(model, weights, path)
         restore_random_states(state["random"])
@@ -126,9 +128,9 @@ def optimizer_state(optimizer: AdamW) -> State:
 
 
 def load_optimizer(optimizer: AdamW, saved: State) -> None:
-    """Loads saved moments into a new optimizer. Raises ValueError if they are not its own.
+    """Loads saved moments into a new optimizer, which keeps its own learning rate and weight decay.
 
-    The groups stay the new one's: torch would silently take rate and decay from the file.
+    Raises ValueError if the moments belong to another optimizer or to other parameters.
     """
     kind, groups = type(optimizer).__name__, optimizer.state_dict()["param_groups"]
     if saved["kind"] != kind:
@@ -137,59 +139,59 @@ def load_optimizer(optimizer: AdamW, saved: State) -> None:
     theirs = [name for group in saved["param_groups"] for name in group.get("param_names", [])]
     if theirs != names:
         ours, other = next((a, b) for a, b in zip_longest(names, theirs) if a != b)
-        raise ValueError(f"its optimizer has the parameter {other} where this one has {ours}")
+        raise ValueError(f"its optimizer has the parameter {other} instead of {ours}")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, (name, parameter) in enumerate(zip(names, parameters)):
         moments = saved["state"].get(index, {})
         if moments.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"its optimizer has {sorted(moments) or 'no moments'} of {name}")
         for moment in ("exp_avg", "exp_avg_sq"):
-            check_alike(f"{moment} of {name}", moments[moment], parameter)
-    # with the saved groups, torch would silently take rate and decay from the file
+            check_dtype_and_shape(f"{moment} of {name}", moments[moment], parameter)
+    # with the saved groups, torch would silently use their learning rate and weight decay
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
 
 
-def check_alike(name: str, saved: Tensor, now: Tensor) -> None:
-    """Raises ValueError if dtype or shape differ: torch would cast or broadcast."""
+def check_dtype_and_shape(name: str, saved: Tensor, now: Tensor) -> None:
+    """Raises ValueError if dtype or shape differs: torch would cast or broadcast."""
     kinds = [f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in (saved, now)]
     if kinds[0] != kinds[1]:
         raise ValueError(f"{name} is {kinds[0]}, expected {kinds[1]}")
 
 
-def normalize_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The same under Hugging Face's names; a line says if a wrapper's prefix was removed."""
-    prefixes = r"^(_orig_mod\.|module\.)+"  # of torch.compile, of DistributedDataParallel
+def normalize_weight_names(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights under Hugging Face's names. Prints a note if it removes prefixes of wrappers."""
+    prefixes = r"^(_orig_mod\.|module\.)+"  # from torch.compile, DistributedDataParallel
     named = {re.sub(prefixes, "", name): tensor for name, tensor in weights.items()}
     if named.keys() != weights.keys():
         print(f"Note: the prefixes `module.` and `_orig_mod.` in {path.name} are ignored")
-    bare = "embed_tokens.weight" in named  # LlamaModel's own names
-    return {hf_name(name) if bare else name: tensor for name, tensor in named.items()}
+    ours = "embed_tokens.weight" in named  # the names in LlamaModel
+    return {hf_name(name) if ours else name: tensor for name, tensor in named.items()}
 
 
 def load_weights(model: LlamaModel, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Copies the weights of the file `path`. Raises CheckpointError, naming what does not fit."""
-    weights = normalize_names(weights, path)
-    odd = [(name, t.dtype) for name, t in weights.items() if not t.is_floating_point()]
-    faults = [f"{name} is {dtype}, no float" for name, dtype in odd]
+    """Copies the weights of the file `path`. Raises CheckpointError with those that do not fit."""
+    weights = normalize_weight_names(weights, path)
+    integers = [(name, t.dtype) for name, t in weights.items() if not t.is_floating_point()]
+    problems = [f"{name} is {dtype}, not float" for name, dtype in integers]
     try:
-        if not faults:
+        if not problems:
             load_hf_weights(model, weights)
     except ValueError as error:
-        faults = str(error).split("; ")
-    if faults:
-        more = f", and {len(faults) - 6} more" if len(faults) > 6 else ""
-        fix = "choose another file, or name their model: --set model=NAME"
-        raise CheckpointError(path, ", ".join(faults[:6]) + more, fix)
+        problems = str(error).split("; ")
+    if problems:
+        more = f", and {len(problems) - 6} more" if len(problems) > 6 else ""
+        fix = "choose another file, or name the model of these weights: --set model=NAME"
+        raise CheckpointError(path, ", ".join(problems[:6]) + more, fix)
 
 
 def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
-    """A checkpoint's model, its tokenizer (transformers') and their provenance."""
-    from transformers import PreTrainedTokenizerFast  # 3 s that training does not need
+    """The model of a checkpoint, its tokenizer (from transformers) and their provenance."""
+    from transformers import PreTrainedTokenizerFast  # takes 3 s, and training does not need it
 
     state = checkpoint.load(path)
     model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
     load_weights(model, state["model"], path)
-    checkpoint.load_tokenizer(path.parent)  # checked first: its errors are one line
+    checkpoint.load_tokenizer(path.parent)  # checks the file first: its errors are one line
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
     source, name = state["reference"], f"{path.parent.name}, {state['step']} steps"
     text = {key: source[key] for key in ("text", "text_revision") if key in source}
@@ -197,7 +199,7 @@ def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
 
 
 def load_foreign_model(error: ForeignError, reference) -> tuple[LlamaModel, Any, dict[str, Any]]:
-    """The same for another program's weights; raises `error` itself if it has found none."""
+    """The same for the weights that a ForeignError carries; raises `error` if it has none."""
     if error.weights is None:
         raise error
     model, path = LlamaModel(reference.config), Path(error.where)

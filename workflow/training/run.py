@@ -1,12 +1,12 @@
-"""A run: a trainer, with its folder of checkpoints and its log.
+"""A run: a trainer with a folder of checkpoints and a log.
 
     run = open_run(config, reference, corpus)     # at step 0, or at its newest checkpoint
-    for step in run.train(5000):                  # yields after each step
+    for step in run.train(5000):                  # after each step
         if step % 500 == 0:
             print(run.sample("Once upon a time,"))
     run.save_and_close()                          # checkpoints/<run>/checkpoint_5000.pt
 
-After a break, an interrupt or a kill, the same lines continue where the run was.
+After a `break`, an interrupt or a kill, the same lines continue the run.
 """
 
 import sys
@@ -29,19 +29,19 @@ from workflow.training.metrics import (
 )
 from workflow.training.resume import environment
 from workflow.training.signals import deferred_signals
-from workflow.training.step import evaluating
+from workflow.training.step import eval_mode
 from workflow.training.trainer import Trainer
 
-UNINTERRUPTED = "uninterrupted.json"  # the trace of `continue_uninterrupted`, next to the log
-GPU_STEPS_AHEAD = 10  # steps that are launched before the numbers of the first are waited for
+UNINTERRUPTED_FILE = "uninterrupted.json"  # in the folder of the log; see uninterrupted.py
+GPU_STEPS_AHEAD = 10  # steps that are started on a GPU before waiting for their metrics
 
 
 class Run:
-    """A trainer, its directory and its logger; made by `open_run` and `resume_run` in open.py.
+    """A trainer with its directory and its logger. `open_run` and `resume_run` in open.py make one.
 
     provenance: of the weights. loaded: the checkpoint to continue from, as (path, state), or None.
-    resumed_at: the step of the checkpoint that `resume_run` was asked for, or 0. allowed: see
-    `resume.check_allowed`.
+    resumed_at: the step of the checkpoint given to `resume_run`, or 0. allowed: what may differ
+    from the checkpoint.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class Run:
         self.trainer, self.config, self.corpus = trainer, trainer.config, trainer.corpus
         self.directory, self.resumed_at = directory, resumed_at
         self.name = directory.folder.name
-        self.folder = self.config.paths.runs / self.name  # of its log
+        self.folder = self.config.paths.runs / self.name  # of the log
         self.provenance = provenance | self.corpus.provenance
         print(self.corpus)
         directory.check_free_space(self.config, sum(p.nbytes for p in trainer.model.parameters()))
         if loaded:
             self._load(*loaded, allowed)
-        self.loaded_step = trainer.global_step  # 0: none was loaded
+        self.loaded_step = trainer.global_step  # 0: no checkpoint was loaded
         self.progress = ProgressBar(self.config.train, resumed_at)
         self.logger = self._open_logger() if distributed.is_main_process() else InMemoryLogger()
-        directory.belongs_to(self)
+        directory.close_on_reopen(self)
 
     @property
     def global_step(self) -> int:
@@ -73,16 +73,16 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of its log; see `InMemoryLogger`."""
+        """The rows of the log; see `InMemoryLogger`."""
         self._flush_metrics()
         return self.logger.rows
 
     def train(self, max_steps: int) -> Iterator[int]:
-        """Trains up to `max_steps` steps in all, yielding the number of steps done after each.
+        """Trains until `max_steps` steps are done in total; yields that number after each step.
 
-        Prints, logs, validates and saves on the way. If the run is already there, nothing is
-        trained, and its log is replayed. Ctrl-C and SIGTERM wait until the step, and what the
-        caller does after it, are done; then the run is saved and KeyboardInterrupt raised.
+        Prints, logs, validates and saves. If the run has already reached `max_steps`, its log is
+        replayed instead. Ctrl-C and SIGTERM wait until the step and the body of the caller's loop
+        are done; then the run is saved, and KeyboardInterrupt is raised.
         """
         self._flush_metrics()
         settings, done = self.config.train, self.global_step
@@ -111,9 +111,9 @@ class Run:
             self.progress.close()
 
     def sample(self, prompt: str) -> str:
-        """`prompt` with its continuation, logged at this step; it has a random state of its own.
+        """Generates a continuation of `prompt`, logs it, and returns both as one text.
 
-        A text that was logged at this step is returned as it was.
+        If the log already has one of this step, returns that. Training is not affected.
         """
         self._flush_metrics()
         self.progress.clear()
@@ -125,7 +125,7 @@ class Run:
         ids = self.corpus.tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = torch.tensor([ids], device=device)
         generator = torch.Generator(device).manual_seed(self.config.run.seed)
-        with evaluating(model):
+        with eval_mode(model):
             output = model.generate(
                 ids, settings.new_tokens, settings.temperature, generator=generator
             )
@@ -134,17 +134,17 @@ class Run:
         return text
 
     def save(self) -> None:
-        """Writes `checkpoint_<global_step>.pt`, unless it is there: it holds this very state."""
+        """Writes `checkpoint_<global_step>.pt`, unless it exists: it then has the same state."""
         self._flush_metrics()
-        with distributed.main_process_first():  # nobody leaves before it is written
+        with distributed.main_process_first():  # the others wait until it is written
             path, settings = self.directory.checkpoint(self.global_step), self.config.train
             if not self.directory.locked or not self.global_step or checkpoint.is_valid(path):
                 return
             self.logger.flush()
             here = {"reference": self.provenance, "environment": environment(self.trainer.device)}
-            state = self._fixed() | here | self.trainer.state_dict()
-            kept = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
-            self.directory.save(state, settings.keep_checkpoints, kept)
+            state = self._expected_parts() | here | self.trainer.state_dict()
+            milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
+            self.directory.save(state, settings.keep_checkpoints, milestones)
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
 
     def close(self) -> None:
@@ -153,19 +153,19 @@ class Run:
         self.directory.close()
 
     def save_and_close(self) -> None:
-        """Saves, unless an error left the state unusable, and closes."""
-        if not self.trainer.unusable:
+        """Saves, unless a step stopped in the middle, and closes."""
+        if not self.trainer.step_unfinished:
             self.save()
         self.close()
 
     def trace(self, first_step: int) -> StepTrace:
-        """The logged losses from `first_step` on, and the weights as they are now."""
+        """The logged losses from `first_step` on, and the hash of the current weights."""
         rows = [row for row in self.history if "loss" in row and row["step"] >= first_step]
         losses = tuple(row["loss"] for row in rows)
         return StepTrace(first_step, losses, self.trainer.weights_sha256())
 
-    def _fixed(self) -> dict[str, Any]:
-        """The parts of a checkpoint that a resume must find unchanged."""
+    def _expected_parts(self) -> dict[str, Any]:
+        """The parts of a checkpoint that must equal those of this run."""
         corpus = self.corpus
         tokenizer = {
             "sha256": corpus.tokenizer_sha256,
@@ -176,7 +176,7 @@ class Run:
         return {"config": config, "data": corpus.fingerprint, "tokenizer": tokenizer}
 
     def _load(self, path: Path, state: dict[str, Any], allowed: Collection[str]) -> None:
-        self.trainer.load_state_dict(state, path, self._fixed(), allowed)
+        self.trainer.load_state_dict(state, path, self._expected_parts(), allowed)
         before, here = state["environment"], environment(self.trainer.device)
         if before != here:
             print(f"Note: saved on {before}, now on {here}: no longer bit-exact")
@@ -186,35 +186,35 @@ class Run:
         settings = self.config.settings_of_run()
         logger = MetricsLogger(self.folder, self.global_step, provenance, settings)
         if not self.global_step:
-            (self.folder / UNINTERRUPTED).unlink(missing_ok=True)
+            (self.folder / UNINTERRUPTED_FILE).unlink(missing_ok=True)
         return logger
 
     def _flush_metrics(self) -> None:
-        """Logs and shows the steps that were launched, if there are any."""
-        if self.trainer.update.launched:
-            with self.trainer.step_in_flight():  # a log that lacks rows goes with no state
+        """Waits for the metrics of the steps that were started; logs and shows them."""
+        if self.trainer.step_function.pending:
+            with self.trainer.must_finish():  # a state is saved only with all rows of its log
                 for row in self.trainer.metrics():
                     self.logger.log(row)
                     self.progress.show(row)
 
     def _metrics_due(self, max_steps: int) -> bool:
-        """Whether this step's numbers are waited for; a GPU is kept busy with the next step."""
+        """Whether to wait for the metrics now. A GPU has more steps to do meanwhile."""
         ahead = GPU_STEPS_AHEAD if self.trainer.device.type == "cuda" else 1
-        return self.global_step % ahead == 0 or self._validation_step(max_steps)
+        return self.global_step % ahead == 0 or self._is_validation_step(max_steps)
 
-    def _validation_step(self, max_steps: int) -> bool:
+    def _is_validation_step(self, max_steps: int) -> bool:
         step = self.global_step
         return step % self.config.train.validate_every == 0 or step == max_steps
 
     def _validation_due(self, max_steps: int) -> bool:
-        """Whether this process is to validate at this step, and has not yet."""
-        due = self.directory.locked and self._validation_step(max_steps)
+        """Whether this process must validate at this step, and has not yet done so."""
+        due = self.directory.locked and self._is_validation_step(max_steps)
         return due and not self.logger.has("validation_loss", self.global_step)
 
     def _validate(self, max_steps: int, safe_point: Callable) -> None:
-        """Logs the loss on the held-out tokens, if it is due."""
+        """Computes and logs the validation loss, if it is due."""
         if self._validation_due(max_steps):
-            alone = distributed.world_size() == 1  # else the others are not here to agree
+            alone = distributed.world_size() == 1  # a safe point needs all processes
             after_batch = (lambda: safe_point(self.save)) if alone else (lambda: None)
             loss = self.trainer.validation_loss(after_batch)
             self.logger.log_histograms(self.global_step, self.trainer.model)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first waits for a safe point, the second acts at once."""
+"""Ctrl-C and SIGTERM: the first signal waits for a safe point, the second acts at once."""
 
 import signal
 import threading
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    exit_code = 143  # SIGTERM, handled like Ctrl-C, but for main.py's exit code
+    exit_code = 143  # SIGTERM is handled like Ctrl-C, but main.py has another exit code for it
 
 
 def raise_on_sigterm() -> None:
-    """So that what must be saved or removed is, when the process is asked to end."""
+    """Makes SIGTERM an exception: `finally` blocks then save and clean up, as after Ctrl-C."""
 
     def handler(*_) -> None:
         raise Terminated
@@ -20,11 +20,12 @@ def raise_on_sigterm() -> None:
 
 
 @contextmanager
-def deferred_signals(all_reduce: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
-    """Signals wait for `safe_point(before)`, which is yielded: no step stops half done.
+def deferred_signals(all_reduce_max: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
+    """Lets Ctrl-C and SIGTERM wait until the block calls the function `safe_point(before)`.
 
-    It calls `before`, then acts as the signal would have. A second signal acts at once. all_reduce:
-    gives all processes the signal that one received. Outside the main thread, this does nothing.
+    After a signal, `safe_point` calls `before` (for example: save), then raises as the signal would
+    have. A second signal acts at once. all_reduce_max: the largest number over all processes, so
+    that all stop at the same step. In other threads than the main one, signals are not deferred.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda *_: None
@@ -37,7 +38,7 @@ def deferred_signals(all_reduce: Callable[[int], int] = int) -> Iterator[Callabl
             handlers[number](number, frame)
 
     def safe_point(before: Callable[[], None] = lambda: None) -> None:
-        if number := all_reduce(received[0] if received else 0):
+        if number := all_reduce_max(received[0] if received else 0):
             before()
             handlers[number](number, None)
 

@@ -1,4 +1,4 @@
-"""One training step: loss, learning rate, optimizer, and the step that uses them."""
+"""One training step: loss, learning rate, optimizer, and `TrainStep`, which uses them."""
 
 import math
 import time
@@ -19,15 +19,15 @@ from workflow.config.settings import TrainSettings
 from workflow.errors import NonFiniteError, WorkflowError
 from workflow.training import distributed, hardware
 
-CHUNK, BF16_CHUNK = 512, 4096  # tokens whose logits exist at once, in float32 and in bfloat16
+CHUNK, BF16_CHUNK = 512, 4096  # tokens whose logits are in memory at once, float32 and bfloat16
 
 
 class NextTokenLoss(nn.Module):
-    """Mean cross entropy of the next token, nats, float32: inputs and targets (B, T) to a scalar.
+    """Mean cross entropy of the next token: inputs and targets (B, T) -> scalar, nats, float32.
 
-    Starts from the normed states, not the logits: the logits of a whole batch would be the largest
-    tensor of a step, so they are made for `CHUNK` tokens at a time. precision: of the matrix
-    products; everything else, sums and losses, is float32.
+    The logits of a whole batch would be the largest tensor of a step. They are computed from the
+    model's normed states for `CHUNK` tokens at a time. precision: of the matrix products; sums and
+    losses are float32.
     """
 
     def __init__(self, model: LlamaModel, precision: torch.dtype = torch.float32):
@@ -43,14 +43,14 @@ class NextTokenLoss(nn.Module):
                 options = LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
                 options = options if len(targets) > CHUNK else None
                 return F.linear_cross_entropy(hidden, weight, targets, options=options)
-            # linear_cross_entropy would round the loss itself to bfloat16: 3.0117 becomes 3.0156
+            # linear_cross_entropy would round the loss to bfloat16: 3.0117 becomes 3.0156
             chunks = zip(hidden.split(BF16_CHUNK), targets.split(BF16_CHUNK))
             losses = [checkpoint(summed_loss, h, weight, t, use_reentrant=False) for h, t in chunks]
             return torch.stack(losses).sum() / len(targets)
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of some tokens (n, C); with `checkpoint`, only their states are kept."""
+    """The summed loss of n tokens, from their states (n, C)."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
@@ -68,7 +68,7 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """Fused AdamW over all parameters of the model; only matrices have weight decay."""
+    """Fused AdamW over all parameters of the model. Only matrices have weight decay."""
     named = list(model.named_parameters())
     matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
     scales = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
@@ -82,8 +82,8 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off, which would draw random numbers; afterwards the mode is as before."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model into eval mode for the block: dropout would change random states."""
     training = model.training
     model.eval()
     try:
@@ -93,10 +93,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class TrainStep:
-    """One update of the model on this process's slice of a batch, without waiting for the device.
+    """Updates the model with this process's slice of a batch. Does not wait for the device.
 
-    The numbers of a step stay on the device until `metrics` is called. Once a loss or a gradient is
-    not finite, that step and the later ones change nothing.
+    The metrics of a step stay on the device until `metrics` is called. From the first loss or
+    gradient on that is not finite, steps change nothing.
     Raises WorkflowError if the batch cannot be divided evenly.
     """
 
@@ -105,19 +105,19 @@ class TrainStep:
         self.loss = NextTokenLoss(model, getattr(torch, settings.precision))
         self.optimizer = make_optimizer(model, settings)
         size, count = settings.batch_size, distributed.world_size()
-        self.slice = slice_of_batch(size, settings.micro_batch_size, count)
+        self.slice = batch_slice(size, settings.micro_batch_size, count)
         self.micro_batch_size = settings.micro_batch_size or size // count
-        self._found_inf = torch.zeros((), device=device)
-        self.launched: list[tuple[dict[str, Any], Tensor]] = []  # rows, and their numbers
+        self._non_finite = torch.zeros((), device=device)
+        self.pending: list[tuple[dict[str, Any], Tensor]] = []  # row; loss and norm on the device
         self._start_time = 0.0
         if settings.activation_checkpointing:
             for layer in model.layers:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def __call__(self, step: int, inputs: Tensor, targets: Tensor) -> None:
-        """Step 0, 1, … on inputs and targets (b, T), this process's slice of the batch."""
+        """Does step 0, 1, … on inputs and targets (b, T), this process's slice of the batch."""
         rate = learning_rate(step, self.settings)
-        if not self.launched:
+        if not self.pending:
             self._start_time = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -127,24 +127,24 @@ class TrainStep:
         missing = [name for name, parameter in named if parameter.grad is None]
         assert not missing, f"no gradient reaches {', '.join(missing)}"
         norm = nn.utils.clip_grad_norm_([p for _, p in named], self.settings.max_grad_norm)
-        self._found_inf = torch.where(torch.isfinite(loss + norm), self._found_inf, 1.0)
-        self.optimizer.found_inf = self._found_inf  # fused AdamW then leaves everything unchanged
+        self._non_finite = torch.where(torch.isfinite(loss + norm), self._non_finite, 1.0)
+        self.optimizer.found_inf = self._non_finite  # if 1, fused AdamW changes nothing
         self.optimizer.step()
         row = {"step": step + 1, "learning_rate": rate}
-        self.launched.append((row, torch.stack([loss, norm])))
+        self.pending.append((row, torch.stack([loss, norm])))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """A row for each step since the last call: step (steps done), learning_rate, loss, …
+        """Waits for the steps since the last call; a row for each (see `InMemoryLogger`).
 
-        Waits until the steps are done. Raises NonFiniteError, whose `step` is that of the last
-        good one, at the first loss or gradient norm that is not finite.
+        Raises NonFiniteError at the first loss or gradient norm that is not finite; its `step` is
+        the last good step.
         """
-        if not self.launched:
+        if not self.pending:
             return []
-        settings, (rows, numbers) = self.settings, zip(*self.launched)
+        settings, (rows, numbers) = self.settings, zip(*self.pending)
         values = distributed.all_reduce_mean(torch.stack(numbers)).tolist()
         tokens = len(rows) * settings.batch_size * settings.sequence_length
-        speed, self.launched = tokens / (time.perf_counter() - self._start_time), []
+        speed, self.pending = tokens / (time.perf_counter() - self._start_time), []
         for row, (loss, norm) in zip(rows, values):
             row |= {"loss": loss, "gradient_norm": norm, "tokens_per_second": speed}
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -159,42 +159,42 @@ class TrainStep:
         return list(rows)
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss; gradients are accumulated over micro-batches."""
+        """The mean loss. Gradients are accumulated over micro-batches."""
         parts = list(zip(*(x.split(self.micro_batch_size) for x in (inputs, targets))))
         total = torch.zeros((), device=self.device)
         for number, part in enumerate(parts, 1):
             with nullcontext() if number == len(parts) else self._no_sync():
-                loss = self._trained(*part) / len(parts)
+                loss = self._wrapped_loss(*part) / len(parts)
                 loss.backward()
             total += loss.detach()
         return total
 
     @cached_property
-    def _trained(self) -> nn.Module:
-        """`loss`, compiled if asked for, and wrapped for several processes."""
+    def _wrapped_loss(self) -> nn.Module:
+        """`loss`, wrapped for several processes, and compiled if the settings say so."""
         trained = self.loss
         if distributed.world_size() > 1:
             trained = DistributedDataParallel(trained, gradient_as_bucket_view=True)
-        if self.settings.compile and hardware.compiler():
+        if self.settings.compile and hardware.find_cpp_compiler():
             trained = torch.compile(trained)
         elif self.settings.compile:
             print("Note: no C++ compiler here (CXX, g++ or clang++): the steps are not compiled")
         if distributed.world_size() > 1:
-            # the first backward decides in which order gradients are summed from then on: it must
-            # be over before the first step of a resumed run, as of an uninterrupted one
+            # the first backward decides the order in which later ones sum gradients: without this
+            # one, the first step of a resumed run would sum in another order
             size = self.micro_batch_size, self.settings.sequence_length
             trained(*torch.zeros(2, *size, dtype=torch.long, device=self.device)).backward()
             self.optimizer.zero_grad()
         return trained
 
     def _no_sync(self):
-        """Gradients are accumulated here; other processes get the sum with the last part."""
-        parallel = getattr(self._trained, "_orig_mod", self._trained)
+        """Lets processes exchange gradients only once, with the last micro-batch."""
+        parallel = getattr(self._wrapped_loss, "_orig_mod", self._wrapped_loss)
         return parallel.no_sync() if distributed.world_size() > 1 else nullcontext()
 
 
-def slice_of_batch(batch_size: int, micro_batch_size: int | None, world_size: int) -> slice:
-    """Which sequences of the whole batch are this process's."""
+def batch_slice(batch_size: int, micro_batch_size: int | None, world_size: int) -> slice:
+    """The sequences of the batch that this process trains on."""
     if batch_size % (world_size * (micro_batch_size or 1)):
         what = f"{batch_size} is not a multiple of {world_size} processes"
         what += f" times micro_batch_size {micro_batch_size}" if micro_batch_size else ""

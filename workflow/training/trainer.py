@@ -1,10 +1,9 @@
-"""The trainer: model, optimizer and data, one step after the other.
+"""The trainer: a model, its optimizer and the data. It has no folder and no logger; `run.py` has.
 
-It has no folder, no lock and no logger: `run.py` adds those. A step is `train_step` here, its batch
-`workflow/data/batches.py`, its update `step.py`, its model `SmolLm3.py`.
+To follow one step, read `train_step` here, `workflow/data/batches.py`, `step.py`, `SmolLm3.py`.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,35 +16,35 @@ from workflow.config.settings import Config
 from workflow.data import Corpus, batch_at, validation_batches
 from workflow.errors import CheckpointError, NonFiniteError
 from workflow.files import weights_sha256
-from workflow.training import distributed, hardware
+from workflow.training import distributed, hardware, resume
 from workflow.training.metrics import StepTrace
-from workflow.training.resume import optimizer_state, random_states, restore, seed_random_states
-from workflow.training.step import TrainStep, evaluating
+from workflow.training.resume import Names, State
+from workflow.training.step import TrainStep, eval_mode
 
 
 class Trainer:
-    """A model with random weights, its optimizer and the data, at step 0.
+    """Trains a model, which starts with random weights at step 0.
 
-    global_step: steps done. losses: step -> loss, of the steps that this object has trained.
-    broken: whether the state is that of an unfinished step.
+    global_step: steps done. losses: step -> loss, for the steps that this object has trained.
+    step_unfinished: whether a step stopped in the middle; the state is then refused.
     """
 
     def __init__(self, config: Config, corpus: Corpus):
         self.config, self.corpus, self.device = config, corpus, config.device
-        hardware.prepare(self.device)
-        seed_random_states(config.run.seed)
+        hardware.prepare_device(self.device)
+        resume.seed_random_states(config.run.seed)
         self.model = LlamaModel(config.train_architecture).to(self.device)
-        self.update = TrainStep(self.model, config.train, self.device)
-        self.optimizer = self.update.optimizer
+        self.step_function = TrainStep(self.model, config.train, self.device)
+        self.optimizer = self.step_function.optimizer
         self.global_step = 0
         self.losses: dict[int, float] = {}
-        self.unusable = False
+        self.step_unfinished = False
 
     def train_step(self) -> None:
-        """Launches one step; `metrics` waits for its numbers."""
+        """Starts one step on the device; `metrics` waits for its results."""
         inputs, targets = self.batch(self.global_step)
-        with self.step_in_flight(), distributed.translate_errors():
-            self.update(self.global_step, inputs, targets)
+        with self.must_finish(), distributed.translate_errors():
+            self.step_function(self.global_step, inputs, targets)
             self.global_step += 1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -53,15 +52,15 @@ class Trainer:
         settings = self.config.train
         size = settings.batch_size, settings.sequence_length
         batch = batch_at(self.corpus.train, step, *size, self.config.run.seed)
-        inputs, targets = (part[self.update.slice] for part in batch)
-        if self.device.type == "cuda":  # from pinned memory, the copy does not wait for the GPU
+        inputs, targets = (part[self.step_function.slice] for part in batch)
+        if self.device.type == "cuda":  # a copy from pinned memory does not wait for the GPU
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
         return tuple(part.to(self.device, non_blocking=True) for part in (inputs, targets))
 
     def metrics(self) -> list[dict[str, Any]]:
         """A row for each step since the last call; see `TrainStep.metrics`."""
         try:
-            rows = self.update.metrics()
+            rows = self.step_function.metrics()
         except NonFiniteError as error:
             self.global_step = error.step
             raise
@@ -70,44 +69,38 @@ class Trainer:
 
     @torch.no_grad()
     def validation_loss(self, after_batch: Callable[[], None]) -> float:
-        """The mean loss of the held-out tokens, nats a token."""
+        """The mean loss of the held-out tokens, in nats per token."""
         settings, total, count = self.config.train, 0.0, 0
         size = settings.micro_batch_size or settings.batch_size, settings.sequence_length
         held_out = validation_batches(self.corpus.validation, settings.validation_tokens, *size)
-        with evaluating(self.model):
+        with eval_mode(self.model):
             for inputs, targets in held_out:
-                loss = self.update.loss(inputs.to(self.device), targets.to(self.device))
+                loss = self.step_function.loss(inputs.to(self.device), targets.to(self.device))
                 total += loss.item() * inputs.numel()
                 count += inputs.numel()
                 after_batch()
         return total / count
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on, but for settings and data."""
+    def state_dict(self) -> State:
+        """All that the next step depends on, except settings and data."""
         self.check_usable()
         return {
             "step": self.global_step,
             "model": hf_state_dict(self.model),
-            "optimizer": optimizer_state(self.optimizer),
-            "random": random_states(),
+            "optimizer": resume.optimizer_state(self.optimizer),
+            "random": resume.random_states(),
         }
 
-    def load_state_dict(
-        self,
-        state: dict[str, Any],
-        path: Path,
-        expected: dict[str, Any],
-        allowed: Collection[str] = (),
-    ) -> None:
-        """Loads the checkpoint `path` with this `state`; see `resume.restore`."""
-        restore(path, state, expected, self.model, self.optimizer, allowed)
+    def load_state_dict(self, state: State, path: Path, expected: State, allowed: Names) -> None:
+        """Loads the `state` read from the checkpoint `path`; see `resume.restore`."""
+        resume.restore(path, state, expected, self.model, self.optimizer, allowed)
         self.global_step = state["step"]
 
     def weights_sha256(self) -> str:
         return weights_sha256(hf_state_dict(self.model))
 
     def trace(self, first_step: int) -> StepTrace:
-        """The losses from `first_step` on, and the weights as they are now."""
+        """The losses from `first_step` on, and the hash of the current weights."""
         losses = (self.losses[step] for step in range(first_step, self.global_step + 1))
         return StepTrace(first_step, tuple(losses), self.weights_sha256())
 
@@ -117,15 +110,15 @@ class Trainer:
         self.optimizer.state.clear()
 
     @contextmanager
-    def step_in_flight(self) -> Iterator[None]:
-        """An error inside, or a second Ctrl-C, leaves a state that is not used any more."""
+    def must_finish(self) -> Iterator[None]:
+        """After a block that an error or a second Ctrl-C stopped, the state is refused."""
         self.check_usable()
-        self.unusable = True
+        self.step_unfinished = True
         yield
-        self.unusable = False
+        self.step_unfinished = False
 
     def check_usable(self) -> None:
-        """Raises CheckpointError if the state is that of an unfinished step."""
-        if self.unusable:
+        """Raises CheckpointError if a step stopped in the middle."""
+        if self.step_unfinished:
             what = "it was stopped in the middle of a step"
             raise CheckpointError("this run", what, "open it again: open_run(…)")

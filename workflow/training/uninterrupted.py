@@ -1,4 +1,4 @@
-"""The proof of exact resume: the same steps without a stop, and after one in new objects."""
+"""The proof of exact resume: the same steps without a stop, and resumed in new objects."""
 
 import shutil
 from dataclasses import dataclass
@@ -11,32 +11,32 @@ from workflow.errors import CheckpointError
 from workflow.training import distributed
 from workflow.training.metrics import StepTrace
 from workflow.training.open import open_run, resume_run, run_name
-from workflow.training.run import UNINTERRUPTED, Run
+from workflow.training.run import UNINTERRUPTED_FILE, Run
 from workflow.training.signals import deferred_signals
 
 
 def continue_uninterrupted(run: Run, max_steps: int) -> StepTrace:
-    """The steps after `train.steps`, up to `max_steps`, as if the run had never stopped.
+    """Trains the steps after `train.steps`, up to `max_steps`, without a stop and without a log.
 
-    Closes the run first: its trainer goes on in memory, without a folder and without a log. The
-    trace is kept next to the log and, if it is there, only read. At the end the trainer's memory is
-    freed. Raises CheckpointError if the steps can no longer be computed.
+    The run is closed first; only its trainer continues, in memory. The trace is written next to the
+    log. If that file exists, it is read, and nothing is trained. At the end the trainer's memory is
+    freed. Raises CheckpointError if the run was already resumed.
     """
     run.close()
-    file = run.folder / UNINTERRUPTED
+    file = run.folder / UNINTERRUPTED_FILE
     if not file.is_file():
         train_uninterrupted(run, max_steps).write(file)
-    run.trainer.free()  # from here on there is only the checkpoint
+    run.trainer.free()  # the resume can use nothing but the checkpoint
     return StepTrace.read(file)
 
 
 def train_uninterrupted(run: Run, max_steps: int) -> StepTrace:
     trainer, first_step = run.trainer, run.config.train.steps + 1
     if trainer.global_step >= first_step and first_step not in trainer.losses:
-        what = "this run did not continue without a stop before its resume"
+        what = "it was resumed before its uninterrupted steps were trained"
         raise CheckpointError(run.folder, what, "start a new run next to it with FRESH=1")
     if run.loaded_step == trainer.global_step:
-        print(f"Note: at step {run.loaded_step} this run was itself loaded from a checkpoint")
+        print(f"Note: these steps follow a checkpoint, loaded at step {run.loaded_step}")
     with deferred_signals(distributed.all_reduce_max) as safe_point:
         while trainer.global_step < max_steps:
             trainer.train_step()
@@ -47,33 +47,31 @@ def train_uninterrupted(run: Run, max_steps: int) -> StepTrace:
 
 @dataclass(frozen=True)
 class SmokeTest:
-    """A few steps with the reference's weights: without a stop, and stopped and resumed."""
+    """A few steps with the original's weights: without a stop, and stopped and resumed."""
 
     batches: list[tuple[Tensor, Tensor]]  # inputs and targets (B, T) of each step
     uninterrupted: StepTrace  # the steps after the stop
-    logged: StepTrace  # all steps; those after the stop are resumed
+    logged: StepTrace  # all steps, with a stop and a resume
 
     @property
     def exact(self) -> bool:
-        """Whether losses and weights after the stop are the same, bit for bit."""
+        """Whether the resumed losses and weights equal the uninterrupted ones, bit for bit."""
         first = self.uninterrupted.first_step
         resumed = StepTrace(first, self.logged.losses[first - 1 :], self.logged.weights_sha256)
         return resumed == self.uninterrupted
 
 
 def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
-    """Stop and resume in small, before the long run; the second time it is read from its log.
+    """Trains, stops and resumes for a few steps. The second time, the result is read from files.
 
-    Its checkpoints, 1.6 GB each for the 135M, are deleted if the resume was exact.
+    The checkpoints, 1.6 GB each for the 135M model, are deleted if the resume was exact.
     """
     config = config.for_smoke_test()
     corpus.check_length(config.train.sequence_length)
     stop, end = config.train.steps, config.last_step
     name = run_name(config, reference, corpus)
-    uninterrupted, logged = (
-        config.paths.runs / name / f for f in (UNINTERRUPTED, "smoke_test.json")
-    )
-    if logged.is_file():
+    folder = config.paths.runs / name
+    if (logged := folder / "smoke_test.json").is_file():
         print(f"Smoke test {name}: read from its log")
     else:
         run = open_run(config, reference, corpus)
@@ -86,7 +84,7 @@ def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
         run.close()
     size = config.train.batch_size, config.train.sequence_length
     batches = [batch_at(corpus.train, step, *size, config.run.seed) for step in range(end)]
-    result = SmokeTest(batches, StepTrace.read(uninterrupted), StepTrace.read(logged))
+    result = SmokeTest(batches, *map(StepTrace.read, (folder / UNINTERRUPTED_FILE, logged)))
     if result.exact:
         shutil.rmtree(config.paths.checkpoints / name, ignore_errors=True)
     return result
