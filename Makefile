@@ -28,7 +28,7 @@ $(INSTALLED): requirements.txt
 test: setup lint
 	@$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4
 test-all: test llama-cpp
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
 # a thousand kills, ten thousand flipped bits, hostile files, a fuzzer; takes a quarter of an hour
 torture: setup
