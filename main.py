@@ -24,8 +24,6 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from workflow import analysis, proof, reference, training
 from workflow.config import Config, load_config
 from workflow.data import load_corpus, read_text
@@ -127,6 +125,8 @@ def generate(arguments: Namespace) -> None:
     example:
       python main.py generate "Once upon a time," --top-k 50 --temperature 0.8
     """
+    import torch
+
     prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt
     model, tokenizer, _, config = open_model(arguments)
     filters = arguments.top_k, arguments.top_p, arguments.min_p

@@ -37,7 +37,14 @@ SHORT = (  # a run of the ci profile that takes a second
     "sample.every=10",
     "sample.new_tokens=8",
 )
-STORY = ("SmolLm3.py", "SmolLm3_Config.yaml", "main.py", "main.ipynb", "input.txt", "workflow")
+PROJECT_FILES = (
+    "SmolLm3.py",
+    "SmolLm3_Config.yaml",
+    "main.py",
+    "main.ipynb",
+    "input.txt",
+    "workflow",
+)
 
 
 def overrides(folder: Path, *more: str) -> list[str]:
@@ -75,14 +82,14 @@ def smollm2():
 
 def copy_project(folder: Path) -> Path:
     """Copies the project's own files into a folder."""
-    for name in STORY:
+    for name in PROJECT_FILES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     return folder
 
 
 @pytest.fixture
-def story(tmp_path) -> Path:
+def project(tmp_path) -> Path:
     """A copy of the project in an empty folder."""
     return copy_project(tmp_path)
 
@@ -97,11 +104,11 @@ def finished_run(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def trained(finished_run, story) -> Path:
-    """`story` with the files of `finished_run`: its checkpoint of step 20."""
+def trained(finished_run, project) -> Path:
+    """`project` with the files of `finished_run`: its checkpoint of step 20."""
     for name in ("checkpoints", "runs", ".cache"):
-        shutil.copytree(finished_run / name, story / name)
-    (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
+        shutil.copytree(finished_run / name, project / name)
+    (path,) = project.glob("checkpoints/*/checkpoint_20.pt")
     return path
 
 
@@ -130,9 +137,9 @@ def run_process(folder: Path, command: Sequence[str], **environment: str):
 
 
 @pytest.fixture
-def command(story):
-    """Runs `python main.py …` as a process in `story`, with the ci profile."""
-    return lambda *words, **more: run_process(story, python_main(*words, settings=()), **more)
+def command(project):
+    """Runs `python main.py …` as a process in `project`, with the ci profile."""
+    return lambda *words, **more: run_process(project, python_main(*words, settings=()), **more)
 
 
 @dataclass(frozen=True)
@@ -186,9 +193,9 @@ def fork_main(
 
 
 @pytest.fixture
-def here(story, monkeypatch, capsys):
+def here(project, monkeypatch, capsys):
     """The same within this process, without new imports: exit code, stdout, stderr."""
-    monkeypatch.chdir(story)
+    monkeypatch.chdir(project)
     monkeypatch.setenv("SMOLLM_PROFILE", "ci")
 
     def run(*arguments: str, settings: Sequence[str] = ()) -> tuple[int, str, str]:

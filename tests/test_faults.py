@@ -17,10 +17,10 @@ from workflow.training import checkpoint
 LONG = ("train.steps=9000", "train.log_every=1")
 
 
-def files(story) -> dict[str, bytes]:
+def files(project) -> dict[str, bytes]:
     """Every file next to checkpoints, by name, also temporary ones."""
-    found = (file for file in story.glob("checkpoints/*/*") if not file.name.startswith("."))
-    return {str(file.relative_to(story)): file.read_bytes() for file in found}
+    found = (file for file in project.glob("checkpoints/*/*") if not file.name.startswith("."))
+    return {str(file.relative_to(project)): file.read_bytes() for file in found}
 
 
 # --- checkpoints; what exactly is refused: tests/training/test_checkpoint.py, test_resume.py ------
@@ -43,12 +43,12 @@ def keep_weights_only(path) -> None:
         (keep_weights_only, "it has 20 weights, but no moments, .* it can be evaluated, not"),
     ],
 )
-def test_a_checkpoint_that_cannot_be_resumed_is_refused(refused, trained, story, damage, words):
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(refused, trained, project, damage, words):
     damage(trained)
-    before = files(story)
+    before = files(project)
     line = refused(3, "resume", str(trained), settings=SHORT)
     assert str(trained) in line and re.search(words, line), line
-    assert files(story) == before
+    assert files(project) == before
 
 
 def test_training_settings_that_differ_are_a_table_and_can_be_allowed(here, trained):
@@ -101,19 +101,19 @@ def test_a_checkpoint_is_evaluated_also_if_it_holds_only_weights(here, refused, 
 
 
 @pytest.mark.parametrize(("phase", "line"), [("loading", "Profile ci"), ("training", "Step: 30,")])
-def test_sigterm_saves_at_the_next_safe_point(story, phase, line):
-    process = popen(story, python_main("train", settings=LONG))
+def test_sigterm_saves_at_the_next_safe_point(project, phase, line):
+    process = popen(project, python_main("train", settings=LONG))
     assert any(line in text for text in process.stdout)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (143, "")
     steps = [int(step) for step in re.findall(r"^Saved checkpoint_(\d+)", printed, re.MULTILINE)]
     if phase == "loading":
-        assert files(story) == {}
+        assert files(project) == {}
     else:
-        (path,) = story.glob("checkpoints/*/checkpoint_*.pt")
+        (path,) = project.glob("checkpoints/*/checkpoint_*.pt")
         assert [checkpoint.load(path)["step"]] == steps and steps[0] >= 30
-    assert not list(story.glob("*/*/*.tmp.*"))
+    assert not list(project.glob("*/*/*.tmp.*"))
 
 
 @pytest.mark.parametrize(
@@ -123,19 +123,19 @@ def test_sigterm_saves_at_the_next_safe_point(story, phase, line):
         ("sample.every=1", "sample.new_tokens=400"),
     ],
 )
-def test_sigterm_while_evaluating_or_sampling_saves(story, settings):
-    process = fork_main(story, "train", settings=(*LONG, *settings))
+def test_sigterm_while_evaluating_or_sampling_saves(project, settings):
+    process = fork_main(project, "train", settings=(*LONG, *settings))
     process.wait_for("Step: 3,")
     process.send_signal(signal.SIGTERM)
     code, printed = process.finish()
     (step,) = re.findall(r"^Saved checkpoint_(\d+)", printed, re.MULTILINE)
     assert code == 143 and 3 <= int(step) < 9
-    (path,) = story.glob("checkpoints/*/checkpoint_*.pt")
+    (path,) = project.glob("checkpoints/*/checkpoint_*.pt")
     assert checkpoint.load(path)["step"] == int(step)
 
 
-def test_a_run_in_use_is_refused_naming_the_process(refused, story):
-    first = fork_main(story, "train", settings=LONG)
+def test_a_run_in_use_is_refused_naming_the_process(refused, project):
+    first = fork_main(project, "train", settings=LONG)
     first.wait_for("Step: 1,")
     line = refused(7, "train", settings=LONG)
     assert f"in use by process {first.pid} on {socket.gethostname()}; wait for it" in line
@@ -144,10 +144,10 @@ def test_a_run_in_use_is_refused_naming_the_process(refused, story):
 
 
 @pytest.mark.parametrize(("presses", "saved"), [(1, ["checkpoint_1.pt"]), (2, [])])
-def test_ctrl_c_once_saves_and_twice_ends_at_once(story, presses, saved):
+def test_ctrl_c_once_saves_and_twice_ends_at_once(project, presses, saved):
     """A step takes seconds: the second Ctrl-C comes before its end."""
     settings = ("train.batch_size=6000", "train.micro_batch_size=100", "train.steps=3")
-    process = fork_main(story, "train", settings=(*settings, "train.validation_tokens=64"))
+    process = fork_main(project, "train", settings=(*settings, "train.validation_tokens=64"))
     process.wait_for("3 steps of 6000")
     for _ in range(presses):
         time.sleep(0.3)  # into the step; two within one call of torch are one to Python
@@ -155,7 +155,7 @@ def test_ctrl_c_once_saves_and_twice_ends_at_once(story, presses, saved):
     code, printed = process.finish()
     assert code == 130 and "Traceback" not in printed
     assert re.findall(r"^Saved (.*)", printed, re.MULTILINE) == saved
-    assert [path.name for path in story.glob("checkpoints/*/*.pt*")] == saved
+    assert [path.name for path in project.glob("checkpoints/*/*.pt*")] == saved
 
 
 # --- disks ----------------------------------------------------------------------------------------
@@ -189,31 +189,31 @@ FILL = f"({WAIT} cat /dev/zero > small/fill) >/dev/null 2>&1 &"
         ("64k", "", ("train.steps=9000", "paths.runs=small"), "--set paths.runs=PATH"),
     ],
 )
-def test_a_full_disk_is_one_line(story, size, before, settings, words):
+def test_a_full_disk_is_one_line(project, size, before, settings, words):
     """Trains with a file system of `size` mounted at `small`, in a namespace of its own."""
-    (story / "small").mkdir()
+    (project / "small").mkdir()
     script = f'mount -t tmpfs -o size={size} none small && {before} exec "$@"'
     train = python_main("train", settings=settings)
-    result = run_process(story, ["unshare", "-Urm", "sh", "-c", script, "sh", *train])
+    result = run_process(project, ["unshare", "-Urm", "sh", "-c", script, "sh", *train])
     assert result.returncode == 6, result.stdout[-500:] + result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and re.search(words, line)
 
 
-def test_a_file_size_limit_during_a_save_keeps_what_was_there(refused, trained, story):
-    before, limits = files(story), resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_file_size_limit_during_a_save_keeps_what_was_there(refused, trained, project):
+    before, limits = files(project), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         line = refused(6, "resume", str(trained), settings=SHORT)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.search(r"checkpoint_25\.pt: it cannot be written \(.+\), it takes 0\.3 MB", line)
-    assert files(story) == before
+    assert files(project) == before
 
 
 @pytest.mark.parametrize("key", ["checkpoints", "runs", "cache"])
-def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(here, story, key):
-    (story / "file").touch()
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_first_step(here, project, key):
+    (project / "file").touch()
     code, printed, error = here("train", settings=(*SHORT, f"paths.{key}=file/inside"))
     assert code == 6 and "file/inside" in error and f"--set paths.{key}=PATH" in error
     assert "Training" not in printed

@@ -15,8 +15,8 @@ from workflow.proof import BOUNDS
 from workflow.training import load_model
 
 
-def checkpoints(story) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in story.glob("checkpoints/*/*.pt")}
+def checkpoints(project) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in project.glob("checkpoints/*/*.pt")}
 
 
 def samples(printed: str) -> list[str]:
@@ -36,23 +36,23 @@ def test_help_fits_a_terminal_and_its_examples_are_valid(words, monkeypatch, cap
     assert [example.command for example in parsed] == words
 
 
-def test_train_then_resume_then_both_again(here, story):
+def test_train_then_resume_then_both_again(here, project):
     code, printed, _ = here("train", settings=SHORT)
     assert code == 0 and "Step: 20, Train Loss: " in printed
     assert "Saved checkpoint_20.pt" in printed and samples(printed) == ["0", "10", "20"]
     assert "=== Generation @ step 20 ===\nOnce upon a time," in printed
-    (path,) = story.glob("checkpoints/*/checkpoint_20.pt")
+    (path,) = project.glob("checkpoints/*/checkpoint_20.pt")
     code, printed, _ = here("resume", str(path), settings=SHORT)
     assert code == 0 and "Loaded checkpoint_20.pt" in printed
     assert "Step: 5, Resume Loss: " in printed and samples(printed) == ["25"]
-    saved = checkpoints(story)
+    saved = checkpoints(project)
     assert set(saved) == {"checkpoint_20.pt", "checkpoint_25.pt"}
     for words, steps in ((["train"], ["10", "20"]), (["resume", str(path)], ["25"])):
         code, printed, _ = here(*words, settings=SHORT)
         assert code == 0 and "already at step 25" in printed and samples(printed) == steps
-    assert checkpoints(story) == saved
+    assert checkpoints(project) == saved
     assert here("train", settings=(*SHORT, "train.learning_rate=1e-4"))[0] == 0
-    assert len(list(story.glob("checkpoints/ci-*"))) == 2
+    assert len(list(project.glob("checkpoints/ci-*"))) == 2
 
 
 def test_verify_prints_the_checks_as_json(here):
@@ -85,18 +85,18 @@ def test_generate_is_greedy_without_sampling_options_and_reads_stdin(here, train
     assert generate() == greedy
 
 
-def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, story):
+def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, project):
     from transformers import AutoModelForCausalLM
 
     code, printed, _ = here("export", str(trained), "out")
     assert code == 0
     assert "Wrote out: README.md config.json generation_config.json model.safetensors" in printed
-    card = (story / "out" / "README.md").read_text()
+    card = (project / "out" / "README.md").read_text()
     assert f"# {trained.parent.name}, 20 steps" in card
     assert "| started from | random weights with a byte tokenizer |" in card
     ids, (model, _, _) = torch.arange(40)[None], load_model(trained)
     with torch.no_grad():
-        exported = AutoModelForCausalLM.from_pretrained(story / "out")
+        exported = AutoModelForCausalLM.from_pretrained(project / "out")
         assert torch.equal(exported(ids).logits, model(ids))
     assert "error: out: it exists" in refused(2, "export", str(trained), "out")
 
@@ -118,11 +118,11 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, story
         (2, ["generate", "x\udced"], "character 1 of the prompt is half a character"),
     ],
 )
-def test_bad_input_is_one_line_and_a_code(refused, story, code, arguments, words):
-    (story / "short.txt").write_text("short")
-    (story / "runs").mkdir()
+def test_bad_input_is_one_line_and_a_code(refused, project, code, arguments, words):
+    (project / "short.txt").write_text("short")
+    (project / "runs").mkdir()
     assert words in refused(code, *arguments)
-    assert checkpoints(story) == {}
+    assert checkpoints(project) == {}
 
 
 def test_an_error_of_the_process_is_one_line_and_debug_shows_the_traceback(command, here):

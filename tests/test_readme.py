@@ -62,11 +62,11 @@ def test_every_command_and_setting_is_accepted(monkeypatch):
 
 
 @pytest.mark.parametrize("line", RUN)
-def test_the_command_works(line, trained, here, story):
-    (story / "my.txt").write_text(README, "utf-8")
-    (story / "my-folder").mkdir()
+def test_the_command_works(line, trained, here, project):
+    (project / "my.txt").write_text(README, "utf-8")
+    (project / "my-folder").mkdir()
     rows = (json.dumps({"content": text}) + "\n" for text in README.splitlines())
-    (story / "my-folder" / "rows.jsonl").write_text("".join(rows), "utf-8")
+    (project / "my-folder" / "rows.jsonl").write_text("".join(rows), "utf-8")
     line = re.sub(r" --profile \S+| --gguf \S+", "", line)  # ci has no GGUF tokenizer
     words = shlex.split(re.sub("_50[05]0", "_20", line).replace("RUN", trained.parent.name))[2:]
     if words[0] == "evaluate":
@@ -77,10 +77,10 @@ def test_the_command_works(line, trained, here, story):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_python_code_works(program, here, story, capsys):
+def test_the_python_code_works(program, here, project, capsys):
     here("export", "reference", "my-model")
-    (story / "program.py").write_text(program, "utf-8")
-    runpy.run_path(str(story / "program.py"))
+    (project / "program.py").write_text(program, "utf-8")
+    runpy.run_path(str(project / "program.py"))
     assert len(capsys.readouterr().out) > 20
 
 

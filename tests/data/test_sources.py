@@ -90,7 +90,7 @@ def hub(tmp_path, monkeypatch):
 HUB_RUN = (*SHORT, "data.source=auto", f"data.revision={COMMIT}")
 
 
-def test_run_on_wikitext_from_the_hub_then_from_its_cache(hub, here, refused, story, tmp_path):
+def test_run_on_wikitext_from_the_hub_then_from_its_cache(hub, here, refused, project, tmp_path):
     lines = []
     for _ in range(2):
         hub.requests.clear()
@@ -103,15 +103,15 @@ def test_run_on_wikitext_from_the_hub_then_from_its_cache(hub, here, refused, st
     # a token is a byte; the end-of-text token replaces the last newline
     sizes = [len("".join(rows)) for rows in (TRAIN, VALIDATION)]
     assert f", {sizes[0]} tokens to train on, {sizes[1]} held out " in lines[0]
-    (provenance,) = (story / "runs").glob("*/provenance.json")
+    (provenance,) = (project / "runs").glob("*/provenance.json")
     assert f'"text_revision": "{COMMIT}"' in provenance.read_text()
-    (checkpoint,) = (story / "checkpoints").glob("*/checkpoint_20.pt")
+    (checkpoint,) = (project / "checkpoints").glob("*/checkpoint_20.pt")
     shutil.rmtree(tmp_path / "hf")
     hub.fault = Fault(503)  # without the training text, the resume would use input.txt
     assert "data.text_sha256" in refused(3, "resume", str(checkpoint), settings=HUB_RUN)
 
 
-def test_run_without_the_hub_uses_input_txt_and_is_resumed_on_it(hub, here, story):
+def test_run_without_the_hub_uses_input_txt_and_is_resumed_on_it(hub, here, project):
     hub.fault = Fault(503)
     code, printed, error = here("train", settings=HUB_RUN)
     assert code == 0, error
@@ -119,7 +119,7 @@ def test_run_without_the_hub_uses_input_txt_and_is_resumed_on_it(hub, here, stor
     assert f"The Hub is skipped: Salesforce/wikitext: {reason}\n" in printed
     assert "Data: input.txt, " in printed
     hub.fault = None
-    (checkpoint,) = (story / "checkpoints").glob("*/checkpoint_20.pt")
+    (checkpoint,) = (project / "checkpoints").glob("*/checkpoint_20.pt")
     code, printed, error = here("resume", str(checkpoint), settings=HUB_RUN)
     assert code == 0, error
     assert "Data: input.txt, " in printed and "Saved checkpoint_25.pt" in printed

@@ -24,7 +24,7 @@ SETUP = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "l
 SETUP += ("open_run(",)
 TRAIN, RESUME, COMPARE = "run.train(config.train.steps)", "resume_run(", "assert resumed == "
 SMOKE_TEST = "training.smoke_test("
-SHORT_STORY = (
+SHORT_RUN = (
     "train.validate_every=100 train.checkpoint_every=100 sample.every=100 sample.new_tokens=8 "
     "mutations.steps=1 proof.quick=true proof.new_tokens=4"
 )
@@ -74,31 +74,31 @@ def printed_lines(text: str) -> list[str]:
     return [line for line in lines if line and not re.search(varying, line)]
 
 
-def write_cells(story, *sources: str) -> None:
+def write_cells(project, *sources: str) -> None:
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     cells[-1].metadata["tags"] = [SKIP_TAG] if sources[-1] == "%no" else []
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), story / "main.ipynb")
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "main.ipynb")
 
 
-def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, story, monkeypatch):
-    monkeypatch.setenv("SMOLLM_SET", f"{SHORT_STORY} train.steps=200 train.resume_steps=20")
+def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, project, monkeypatch):
+    monkeypatch.setenv("SMOLLM_SET", f"{SHORT_RUN} train.steps=200 train.resume_steps=20")
     code, shown, error = here(*RUN, "--in-place")
     assert code == 0, error
-    (folder,) = (story / "runs").glob("ci-[0-9a-f]*")
+    (folder,) = (project / "runs").glob("ci-[0-9a-f]*")
     executed = nbformat.read(folder / "main.ipynb", as_version=4)
-    assert nbformat.read(story / "main.ipynb", as_version=4) == executed
+    assert nbformat.read(project / "main.ipynb", as_version=4) == executed
     lines = printed_lines(streams(executed))
     assert f"Run folder: runs/{folder.name}" in lines
     assert "20 steps, largest difference of a loss: 0.0" in lines
     assert set(lines) <= set(printed_lines(shown))  # the terminal shows all of it
     assert f"Made:\n  runs/{folder.name}/main.html" in shown
     assert (folder / "main.html").stat().st_size > 100_000
-    checkpoints = {file.name for file in (story / "checkpoints" / folder.name).glob("*.pt")}
+    checkpoints = {file.name for file in (project / "checkpoints" / folder.name).glob("*.pt")}
     assert checkpoints == {"checkpoint_200.pt", "checkpoint_220.pt"}
     text = (folder / "main.ipynb").read_text("utf-8")
     assert text.count('"image/png"') >= 3 and text.count('"text/html"') >= 4  # figures, tables
 
-    write_cells(story, *(cell_with(part).source for part in (*SETUP, SMOKE_TEST, TRAIN, RESUME)))
+    write_cells(project, *(cell_with(part).source for part in (*SETUP, SMOKE_TEST, TRAIN, RESUME)))
     code, again, error = here(*RUN)
     assert code == 0, error
     again = printed_lines(again)
@@ -110,27 +110,29 @@ def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, story, m
 
 
 @pytest.mark.slow
-def test_nbconvert_executes_the_full_notebook(story):
+def test_nbconvert_executes_the_full_notebook(project):
     """All 5000 + 50 steps of profile ci."""
     command = "-m jupyter nbconvert --to notebook --execute main.ipynb --output executed.ipynb"
     environment = os.environ | {"SMOLLM_PROFILE": "ci"}
-    subprocess.run([sys.executable, *command.split()], cwd=story, env=environment, check=True)
-    shown = streams(nbformat.read(story / "executed.ipynb", as_version=4))
+    subprocess.run([sys.executable, *command.split()], cwd=project, env=environment, check=True)
+    shown = streams(nbformat.read(project / "executed.ipynb", as_version=4))
     (folder,) = re.findall(r"^Run folder: runs/(.+)$", shown, re.MULTILINE)
-    checkpoints = {file.name for file in (story / "checkpoints" / folder).glob("*.pt")}
+    checkpoints = {file.name for file in (project / "checkpoints" / folder).glob("*.pt")}
     assert {"checkpoint_5000.pt", "checkpoint_5050.pt"} <= checkpoints
     assert len(re.findall(r"Step: \d+00, Train Loss|Step: \d0, Resume Loss", shown)) == 50 + 5
     assert "50 steps, largest difference of a loss: 0.0" in shown
 
 
-def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(here, story, monkeypatch):
+def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(
+    here, project, monkeypatch
+):
     source = "from workflow.config import load_config\nprint(load_config())\n"
-    write_cells(story, source + "load_config(overrides=['train.steps=-1'])", "%no")
+    write_cells(project, source + "load_config(overrides=['train.steps=-1'])", "%no")
     monkeypatch.setenv("SMOLLM_SET", "run.seed=1 train.steps=8")
     code, shown, error = here(*RUN, settings=["train.steps=9"])
     changed = "changed: run.seed=1, train.steps=8, train.steps=9"
     assert f"Profile ci: set by SMOLLM_PROFILE; {changed}\n" in shown
-    executed = nbformat.read(story / "runs" / "failed.ipynb", as_version=4)
+    executed = nbformat.read(project / "runs" / "failed.ipynb", as_version=4)
     assert executed.cells[0].outputs[0].text == shown
     assert executed.cells[1].execution_count is None  # for readers only
 
@@ -141,8 +143,8 @@ def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(here, s
     assert error.splitlines()[-1] == f"error: main.ipynb: ConfigError: {command_error}; {where}"
 
 
-def test_without_main_ipynb_the_error_is_one_line(refused, story):
-    (story / "main.ipynb").unlink()
+def test_without_main_ipynb_the_error_is_one_line(refused, project):
+    (project / "main.ipynb").unlink()
     assert refused(2, "run").startswith("error: main.ipynb: there is no such file; ")
 
 
@@ -151,37 +153,37 @@ def test_without_main_ipynb_the_error_is_one_line(refused, story):
 STOPPED = "Stopped; the same command continues\n"
 
 
-def running(story) -> list[str]:
+def running(project) -> list[str]:
     """The other processes that work in a folder."""
     found = []
     for place in Path("/proc").glob("[0-9]*/cwd"):
         with contextlib.suppress(OSError):
-            if place.resolve() == story.resolve() and place.parent.name != str(os.getpid()):
+            if place.resolve() == project.resolve() and place.parent.name != str(os.getpid()):
                 found.append((place.parent / "cmdline").read_text().replace("\0", " "))
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
-def test_a_signal_reaches_the_kernel_which_saves_and_the_next_run_continues(here, story):
+def test_a_signal_reaches_the_kernel_which_saves_and_the_next_run_continues(here, project):
     cells = [cell_with(part).source for part in (*SETUP, TRAIN)]
-    cells[0] = "PROFILE, OVERRIDES = 'ci', ['train.steps=1500', 'train.log_every=50']"
-    write_cells(story, *cells)
-    for moment, number in (("Step: 300,", signal.SIGTERM), ("Step: 800,", signal.SIGINT)):
-        with popen(story, python_main(*RUN, settings=())) as process:
+    cells[0] = "PROFILE, OVERRIDES = 'ci', ['train.steps=600', 'train.log_every=50']"
+    write_cells(project, *cells)
+    for moment, number in (("Step: 100,", signal.SIGTERM), ("Step: 300,", signal.SIGINT)):
+        with popen(project, python_main(*RUN, settings=())) as process:
             next(line for line in process.stdout if moment in line)
             process.send_signal(number)
             rest, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert re.search(r"^Saved checkpoint_\d+\.pt$", rest, re.MULTILINE)
         assert errors == STOPPED
-        assert running(story) == []
+        assert running(project) == []
     code, _, error = here(*RUN)
     assert code == 0, error
-    assert list(read_losses(story)) == list(range(1, 1501))
+    assert list(read_losses(project)) == list(range(1, 601))
 
 
-def test_a_second_signal_ends_a_kernel_that_does_not_stop(story):
+def test_a_second_signal_ends_a_kernel_that_does_not_stop(project):
     source = """
 import time
 for _ in range(3):
@@ -190,23 +192,23 @@ for _ in range(3):
         time.sleep(20)
     except KeyboardInterrupt:
         pass"""
-    write_cells(story, source)
-    with popen(story, python_main(*RUN, settings=())) as process:
+    write_cells(project, source)
+    with popen(project, python_main(*RUN, settings=())) as process:
         for _ in range(2):
             assert process.stdout.readline() == "working\n"
             process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
     assert errors == STOPPED
-    assert running(story) == []
+    assert running(project) == []
 
 
 @pytest.fixture
-def kernel(story):
+def kernel(project):
     """A Jupyter kernel, as JupyterLab starts it."""
     from jupyter_client.manager import start_new_kernel
 
-    options = {"cwd": story, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    options = {"cwd": project, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
     manager, client = start_new_kernel(**options)
     yield manager, client
     client.stop_channels()
@@ -214,7 +216,7 @@ def kernel(story):
 
 
 @pytest.mark.slow
-def test_long_cells_can_be_interrupted_and_run_again(story, kernel):
+def test_long_cells_can_be_interrupted_and_run_again(project, kernel):
     manager, client = kernel
 
     def run(source: str, interrupt_at: str | None = None) -> str:
@@ -232,7 +234,7 @@ def test_long_cells_can_be_interrupted_and_run_again(story, kernel):
         assert reply.get("ename") == ("KeyboardInterrupt" if interrupt_at else None), reply
         return printed
 
-    overrides = f"{SHORT_STORY} train.steps=400 train.resume_steps=100".split()
+    overrides = f"{SHORT_RUN} train.steps=400 train.resume_steps=100".split()
     first_cell = f"PROFILE, OVERRIDES = 'ci', {overrides}"
     setup = [first_cell, *(cell_with(part).source for part in SETUP[1:])]
     list(map(run, setup))
@@ -240,8 +242,8 @@ def test_long_cells_can_be_interrupted_and_run_again(story, kernel):
         for interrupt_at in (moment, None):
             assert "Saved checkpoint_" in run(cell_with(part).source, interrupt_at)
     assert "100 steps, largest difference of a loss: 0.0" in run(cell_with(COMPARE).source)
-    losses = read_losses(story)
+    losses = read_losses(project)
     assert list(losses) == list(range(1, 501))
     again = [run(source) for source in (*setup, cell_with(TRAIN).source, cell_with(RESUME).source)]
     assert "already at step 500; " in "".join(again)
-    assert read_losses(story) == losses
+    assert read_losses(project) == losses
