@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 # --- config ---------------------------------------------------------------------------------------
 
-# Fields of a Hugging Face config for which `LlamaModel` has one value: others mean another model.
+# Values of a Hugging Face config that `LlamaModel` supports; the first of each is the default.
 ALLOWED_HF_VALUES = {
     "model_type": ("llama", "smollm3"),
     "hidden_act": ("silu",),
@@ -47,7 +47,7 @@ SCALING = ["factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 class ModelConfig:
     """The architecture, under Hugging Face's field names.
 
-    Raises ValueError if two fields do not fit together; the message gives both.
+    Raises ValueError, naming the fields, if a number is not positive or two fields do not fit.
     """
 
     vocab_size: int
@@ -83,7 +83,7 @@ class ModelConfig:
         if H % K:
             raise ValueError(f"num_attention_heads {H} is not divisible by num_key_value_heads {K}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: the rotation turns pairs")
+            raise ValueError(f"head_dim {self.head_dim} is not even: the rotation turns pairs")
 
     @classmethod
     def from_hf(cls, hf_config) -> ModelConfig:
@@ -175,12 +175,12 @@ class LlamaModel(nn.Module):
             positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, start : start + T]
         elif positions is None:
             positions = torch.arange(start, start + T, device=input_ids.device)
-        rotation = self.rotary(positions)
+        rope = self.rotary(positions)
         visible = visible_positions(mask, start, T, input_ids.device)
 
         x = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, rotation, visible, cache)
+            x = layer(x, rope, visible, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -226,9 +226,9 @@ class LlamaModel(nn.Module):
         check_sampling(temperature, top_k, top_p, min_p)
         cache = cache or KVCache(self.config, B, T + max_new_tokens, like=self.norm.weight)
         stops = torch.tensor(stop_ids, device=input_ids.device, dtype=input_ids.dtype)
-        done, token, step = torch.zeros_like(input_ids[:, 0]).bool(), None, input_ids
+        done, token, next_ids = torch.zeros_like(input_ids[:, 0]).bool(), None, input_ids
         for _ in range(max_new_tokens):
-            logits = self.lm_head(self.hidden(step, mask=mask, cache=cache)[:, -1])
+            logits = self.lm_head(self.hidden(next_ids, mask=mask, cache=cache)[:, -1])
             if temperature == 0:
                 chosen = logits.argmax(dim=-1)
             else:
@@ -239,7 +239,7 @@ class LlamaModel(nn.Module):
             done |= torch.isin(token, stops)
             if done.all():
                 return
-            step = token[:, None]
+            next_ids = token[:, None]
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=True)
 
@@ -265,7 +265,7 @@ def visible_positions(
 ) -> Tensor | None:
     """Which of S = start + T positions each new one sees: booleans, (T, S) or (B, 1, T, S).
 
-    None if the causal mask alone is enough. A padding position sees itself, because a softmax over
+    None if plain causal attention is enough. A padding position sees itself, because a softmax over
     nothing is NaN.
     """
     if mask is None and (start == 0 or T == 1):
@@ -331,9 +331,9 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor | None, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, visible, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -352,7 +352,7 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Tensor | None, cache: KVCache | None
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
@@ -360,12 +360,12 @@ class LlamaAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.uses_rope:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, K, S, D)
-        causal = mask is None and T > 1  # otherwise `mask` says which of S each of T sees
+        causal = visible is None and T > 1  # a single new token sees all S positions
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True
+            q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -392,8 +392,8 @@ class LlamaRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
 
 
@@ -413,15 +413,15 @@ class RotaryPositionalEmbedding(nn.Module):
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32, each (1 or B, 1, T, D / 2), for positions (T,) or (B, T)."""
-        pair = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
-        frequency = 1.0 / self.theta**pair  # radians per position
+        power = torch.arange(0, self.head_dim, 2, device=positions.device).float() / self.head_dim
+        frequency = 1.0 / self.theta**power  # radians per position
         if self.scaling:
             # pairs with fewer than `low` turns in the original context become slower by `factor`;
             # those with more than `high` turns stay as they are; in between, a linear blend
             factor, low, high, context = (self.scaling[name] for name in SCALING)
             turns = context / (2 * math.pi / frequency)
-            share = ((turns - low) / (high - low)).clamp(0, 1)
-            frequency = (1 - share) * frequency / factor + share * frequency
+            blend = ((turns - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - blend) * frequency / factor + blend * frequency
         angle = positions.float()[..., None] * frequency
         angle = angle.view(-1, 1, *angle.shape[-2:])
         return angle.cos(), angle.sin()
@@ -431,7 +431,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates x (B, H, T, D) by the angles, in the half-split layout of Hugging Face's weights.
 
     Pair i is channels i and i + D/2, not the neighbours 2i and 2i + 1 of the paper. The rows of the
-    released q and k projections are in this order; any other pairing loads cleanly and is wrong.
+    released q and k projections are in this order; another pairing gives no error, but wrong text.
     """
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     a, b = x.chunk(2, dim=-1)
@@ -439,9 +439,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Rotated keys, and values, of all layers: (layers, B, K, S, D) each, allocated once.
+    """Rotated keys, and values, of all layers: (layers, B, K, max_length, D) each, allocated once.
 
-    The first `length` of the S positions are filled. `LlamaModel.hidden` moves it, once per call.
+    The first `length` positions are filled. `LlamaModel.hidden` increases `length` once per call.
+    like: a tensor with the dtype and device of the cache.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, *, like: Tensor):

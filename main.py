@@ -4,7 +4,7 @@ exit codes:
   0    success
   1    a check or a cell failed, or another process of the run ended
   2    bad input or configuration
-  3    a checkpoint is damaged or not from this project
+  3    a checkpoint is damaged, or does not fit the run
   4    training gave NaN or infinity
   5    weights or data are not available
   6    the disk is full or cannot be written
@@ -24,11 +24,13 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from workflow import analysis, proof, reference, training
+from workflow import analysis, proof, training
 from workflow.config import Config, load_config
 from workflow.data import load_corpus, read_text
 from workflow.errors import ForeignError, WorkflowError, one_line_errors
 from workflow.proof import mutations
+from workflow.reference import export as export_model
+from workflow.reference import load_reference
 from workflow.training import distributed
 from workflow.training.signals import raise_on_sigterm
 
@@ -61,10 +63,10 @@ def verify(arguments: Namespace) -> int:
       python main.py verify --quick
     """
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        original, config = open_reference(arguments)
+        reference, config = open_reference(arguments)
         settings = config.proof.model_copy(update={"quick": arguments.quick})
         text, _ = read_text(config.data.fallback_text)
-        checks = proof.verify(proof.copy_reference(original), original, settings, text)
+        checks = proof.verify(proof.copy_reference(reference), reference, settings, text)
     if arguments.json:
         print(json.dumps(proof.checks_to_json(checks), indent=1, allow_nan=False))
     return 1 if proof.failed_checks(checks) else 0
@@ -73,14 +75,14 @@ def verify(arguments: Namespace) -> int:
 def mutate(arguments: Namespace) -> None:
     """Put common mistakes into the model; show which check finds each.
 
-    A second table has the losses of training with each mistake, read from a file.
+    For the wheel's weights, a second table has the losses of training with each.
     With mutations.steps=100 they are computed (half an hour on a CPU).
 
     example:
       python main.py mutate --set mutations.steps=100
     """
-    original, config = open_reference(arguments)
-    results, curves = mutations.run_mutations(proof.copy_reference(original), original, config)
+    reference, config = open_reference(arguments)
+    results, curves = mutations.run_mutations(proof.copy_reference(reference), reference, config)
     print(mutations.result_table(results, curves, config.mutations.learning_rate).to_string())
     print(mutations.curve_table(curves).to_string())
 
@@ -95,10 +97,10 @@ def train(arguments: Namespace) -> None:
       python main.py train --profile cpu --set data.source=my.txt
     """
     with distributed.main_process_first():  # the others find converted weights and tokens cached
-        original, config = open_reference(arguments)
-        tokenizer = original.tokenizer.backend_tokenizer
-        corpus = load_corpus(config, tokenizer, original.end_of_text)
-    train_until(config.train.steps, training.open_run(config, original, corpus), config)
+        reference, config = open_reference(arguments)
+        tokenizer = reference.tokenizer.backend_tokenizer
+        corpus = load_corpus(config, tokenizer, reference.end_of_text)
+    train_until(config.train.steps, training.open_run(config, reference, corpus), config)
 
 
 def resume(arguments: Namespace) -> None:
@@ -172,7 +174,7 @@ def export(arguments: Namespace) -> None:
       python main.py export checkpoints/RUN/checkpoint_5050.pt my-model --gguf Q8_0
     """
     model, tokenizer, provenance, _ = open_model(arguments)
-    folder = reference.export(model, tokenizer, arguments.folder, provenance, arguments.gguf)
+    folder = export_model(model, tokenizer, arguments.folder, provenance, arguments.gguf)
     print(f"Wrote {folder}:", *sorted(file.name for file in folder.iterdir()))
 
 
@@ -202,24 +204,24 @@ def configure(arguments: Namespace) -> Config:
 def open_reference(arguments: Namespace):
     config = configure(arguments)
     source, cache = config.reference.source, config.paths.cache
-    return reference.load_reference(source, config.model_entry, cache=cache), config
+    return load_reference(source, config.model_entry, cache=cache), config
 
 
 def open_model(arguments: Namespace):
     """Model, tokenizer (of transformers), provenance, and the settings."""
     if arguments.checkpoint == REFERENCE:
-        original, config = open_reference(arguments)
-        model, provenance = proof.copy_reference(original), asdict(original.provenance)
-        return model, original.tokenizer, provenance, config
+        reference, config = open_reference(arguments)
+        model, provenance = proof.copy_reference(reference), asdict(reference.provenance)
+        return model, reference.tokenizer, provenance, config
     try:
         return *training.load_model(Path(arguments.checkpoint)), configure(arguments)
     except ForeignError as error:
-        original, config = open_reference(arguments)
-        return *training.load_foreign_model(error, original), config
+        reference, config = open_reference(arguments)
+        return *training.load_foreign_model(error, reference), config
 
 
 def train_until(max_steps: int, run, config: Config) -> None:
-    """The notebook's loop: trains, prints samples, also at step 0 and the last, and saves."""
+    """As in the notebook: trains, prints samples (also at step 0 and at the last step), saves."""
     start = [0] if run.global_step == 0 else []
     for step in chain(start, run.train(max_steps)):
         if step % config.sample.every == 0 or step == max_steps:
@@ -241,9 +243,9 @@ def parser() -> ArgumentParser:
         subparser = commands.add_parser(name, description=about, **texts, **layout)
         add_options(subparser, name)
         add = subparser.add_argument_group("options of every command").add_argument
-        words = "full, pretrain, cpu, quick or ci (default: SMOLLM_PROFILE, or the YAML's)"
+        words = "full, pretrain, cpu, quick or ci (default: $SMOLLM_PROFILE or the YAML)"
         add("--profile", metavar="NAME", help=words)
-        words = "change a setting, after those in SMOLLM_SET; repeatable (default: none)"
+        words = "change a setting; overrides $SMOLLM_SET; repeatable (default: none)"
         add("--set", metavar="KEY=VALUE", action="append", default=[], help=words)
         add("--debug", action="store_true", help="show the traceback of an error")
     return top
@@ -259,7 +261,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "resume":
         words = "a checkpoint file, or a run's folder: its newest checkpoint"
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)
-        words = "a train.KEY that may differ, or random: its states may be missing (default: none)"
+        words = "train.NAME: it may differ; random: random states may be missing (default: none)"
         add("--allow", metavar="KEY", action="append", default=[], help=words)
     elif command == "generate":
         add_generate_options(parser)
@@ -268,17 +270,17 @@ def add_options(parser: ArgumentParser, command: str) -> None:
         add("checkpoint", metavar="CHECKPOINT", help=words)
     if command == "evaluate":
         add("--data", metavar="TEXT", type=Path, required=True, help="a UTF-8 text file")
-        add("--window", metavar="N", type=int, default=1024, help="tokens each (default: 1024)")
-        words = "tokens from one window's start to the next (default: WINDOW)"
+        add("--window", metavar="N", type=int, default=1024, help="window size (default: 1024)")
+        words = "tokens between window starts (default: the window size)"
         add("--stride", metavar="N", type=int, help=words)
-        words = "use only the first N × WINDOW tokens (default: all)"
+        words = "only the first N windows of text (default: all)"
         add("--windows", metavar="N", type=int, help=words)
     elif command == "export":
         add("folder", metavar="FOLDER", type=Path, help="a new or an empty folder")
         add("--gguf", choices=("F32", "F16", "Q8_0"), help="also write GGUF (default: none)")
     elif command == "bench":
-        add("--rounds", metavar="N", type=int, default=7, help="calls per row (default: 7)")
-        add("--only", metavar="WORDS", default="", help="rows with WORDS (default: all)")
+        add("--rounds", metavar="N", type=int, default=7, help="repetitions (default: 7)")
+        add("--only", metavar="WORDS", default="", help="rows named …WORDS… (default: all)")
 
 
 def add_generate_options(parser: ArgumentParser) -> None:

@@ -122,7 +122,7 @@ def test_the_config_of_an_older_transformers_has_its_theta_in_another_place():
     [
         ({"head_dim": None, "num_attention_heads": 7}, "hidden_size 32 is not divisible by num"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not divisible by num_key_value"),
-        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"head_dim": 7}, "head_dim 7 is not even"),
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
     ],

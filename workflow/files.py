@@ -16,7 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from workflow.errors import BusyError, DiskError
 
 DAY = 86_400.0  # seconds
-SPACE_FIX = "free some room, or choose another folder: --set {}=PATH"
+SPACE_FIX = "free disk space, or choose another folder: --set {}=PATH"
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_reading_in_small_pieces_gives_the_same_token_ids(smollm2, monkeypatch):
     expected = token_ids()
     for size, is_cut in ((100, True), (1000, True), (30_000, False)):
         monkeypatch.setattr(module, "CHUNK_SIZE", size)
-        monkeypatch.setattr(module, "MAX_PIECE", size)
+        monkeypatch.setattr(module, "PIECE_SIZE", size)
         ids = token_ids()
         assert np.array_equal(np.concatenate(ids), np.concatenate(expected))
         assert (len(ids) > len(expected)) == is_cut

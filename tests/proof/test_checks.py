@@ -63,7 +63,8 @@ def test_one_changed_weight_is_found_and_named(config, wide_reference):
     assert checks["tensor values match"].value == 1
     assert checks["tensor values match"].detail == "model.layers.1.self_attn.v_proj.weight"
     layers = checks["hidden states match, layer by layer"]
-    assert layers.first_failure == "layers.1" and layers.detail.startswith("first: layers.1, by ")
+    assert layers.first_failure == "layers.1"
+    assert layers.detail.startswith("first above the bound: layers.1, ")
     assert layers.parts["layers.0"] == 0.0
     assert checks["gradients match"].passed is False
 
@@ -102,7 +103,7 @@ def test_a_wrong_config_is_named(wide_reference):
         (Check("argmax agrees with llama.cpp", None, "no file"), None, None, "skipped  no file"),
         (Check("argmax agrees with llama.cpp", 0.94), False, 0.94, ">= 0.95"),
         (Check("logits match", NAN), False, "nan", "nan"),
-        (max_check("logits match", {"b": 2e-4, "c": 3e-4}), False, 3e-4, "first: b, by 2.00e-04;"),
+        (max_check("logits match", {"b": 2e-4, "c": 3e-4}), False, 3e-4, "bound: b, 2.00e-04;"),
     ],
 )
 def test_a_result_as_value_line_and_json(check, passed, value, line):

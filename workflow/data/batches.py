@@ -18,7 +18,7 @@ def batch_at(
 
     Targets are the inputs shifted by one token. The epochs form one endless stream, which is cut
     into sequences of T tokens. Sequences that start in the same epoch are shuffled. Each token is
-    an input once per epoch; no token is padded or dropped.
+    an input once per epoch; no token is dropped, and there is no padding.
     """
     sequences = np.arange(step * batch_size, (step + 1) * batch_size)  # (B,)
     epochs = sequences * sequence_length // len(tokens)

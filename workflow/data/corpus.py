@@ -75,6 +75,7 @@ def load_corpus(
     """
     source = source or find_source(config.data)
     tokenizer_sha256 = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+    folder = config.paths.cache / "tokens"
 
     def load(files: tuple[Path, ...]) -> tuple[str, np.ndarray]:
         """The text's hash and its token ids (N,). The token file is written once and reused."""
@@ -90,7 +91,6 @@ def load_corpus(
             tokens = read_tokens(file, dtype)
         return text_sha256, tokens
 
-    folder = config.paths.cache / "tokens"
     remove_temporary_files(folder, min_age=DAY)
     text_sha256, train = load(source.train)
     if source.validation:
@@ -143,4 +143,4 @@ def tokenize(
         texts = [text for text, _ in group]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for encoding, (_, ends) in zip(encodings, group, strict=True):
-            yield np.array(encoding.ids + [end_of_text] * ends, dtype)
+            yield np.array([*encoding.ids, end_of_text] if ends else encoding.ids, dtype)

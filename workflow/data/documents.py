@@ -18,7 +18,7 @@ from workflow.reference.hub import short_cause
 # the newlines before a wikitext title ` = Title = `, but not before a ` = = Section = = `
 HEADING = re.compile(r"\n+(?= = [^=\n].* = \n)")
 CHUNK_SIZE = 1 << 20  # characters read at once
-MAX_PIECE = 1 << 18  # characters tokenised at once; 1 MB of text needs 0.1 GB of memory
+PIECE_SIZE = 1 << 18  # characters; longer documents are cut. Tokenising 1 MB needs 0.1 GB
 ROWS_AT_ONCE = 1000  # of a table
 TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 TEXT_FILE_FIX = "name a text file: --set data.source=FILE"
@@ -35,7 +35,7 @@ def read_documents(files: Sequence[Path], column: str) -> Iterator[tuple[str, bo
         for file in files:
             yield from split_documents(read_chunks(file))
         return
-    batches = (rows for file in files for rows in read_rows(file, column) if rows)
+    batches = (rows for file in files for rows in read_table(file, column) if rows)
     if (first := next(batches, None)) is None:
         raise DataError(files[0], f"column {column!r} is empty", COLUMN_FIX)
     batches = itertools.chain([first], batches)
@@ -57,8 +57,8 @@ def split_documents(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     for chunk in itertools.chain(chunks, ["\n"]):
         *complete, rest = HEADING.split(rest + chunk)
         yield from ((document, True) for document in complete if document.strip())
-        while len(rest) > 2 * MAX_PIECE:  # a heading at the end may be incomplete
-            cut = max(rest.rfind(" ", 0, MAX_PIECE), 0) or MAX_PIECE
+        while len(rest) > 2 * PIECE_SIZE:  # a heading at the end may be incomplete
+            cut = max(rest.rfind(" ", 0, PIECE_SIZE), 0) or PIECE_SIZE
             yield rest[:cut], False
             rest = rest[cut:]
     yield rest.rstrip("\n"), True
@@ -68,7 +68,7 @@ def table_format(path: Path) -> str | None:
     return TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
 
 
-def read_rows(path: Path, column: str) -> Iterator[list[str]]:
+def read_table(path: Path, column: str) -> Iterator[list[str]]:
     """The non-empty texts in `column`, some rows at a time. Raises DataError."""
     kind = table_format(path)
     tables = read_parquet(path, column) if kind == "parquet" else read_json_or_csv(path, kind)

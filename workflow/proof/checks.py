@@ -5,7 +5,6 @@ Both models get the same ids, in float32 on the CPU; nothing is sampled. `ours` 
 """
 
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ from workflow.proof.bounds import Check, max_check, summary
 from workflow.proof.external import external_checks, unequal_tensors
 from workflow.proof.prompts import LONG_PROMPT, PROMPTS
 from workflow.reference import Reference, compare_configs, export
-from workflow.training import NextTokenLoss
+from workflow.training import NextTokenLoss, hardware
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
@@ -101,7 +100,7 @@ def config_and_weight_checks(model: LlamaModel, reference: Reference) -> Iterato
 def tokenizer_check(reference: Reference, text: str, ids: Sequence[int]) -> Check:
     decoded = reference.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     wrong = sum(a != b for a, b in zip(text, decoded)) + abs(len(text) - len(decoded))
-    return Check("text survives encode and decode", wrong, f"wrong characters of {len(text)}")
+    return Check("text survives encode and decode", wrong, f"wrong of {len(text)} characters")
 
 
 def forward_pass_checks(
@@ -118,7 +117,7 @@ def forward_pass_checks(
     detail = f"{ids.shape[1]} tokens; transformers with SDPA attention"
     yield Check("logits match", max_difference(logits, theirs["logits"]), detail)
     loss, their_loss = training_loss(model, ids).item(), theirs["loss"].item()
-    detail = f"{loss:.6f} and {their_loss:.6f} nats per token"
+    detail = f"ours {loss:.6f}, transformers' {their_loss:.6f} nats per token"
     yield Check("loss matches", abs(loss - their_loss), detail)
 
 
@@ -143,7 +142,7 @@ def eager_check(
 def ratio_check(name: str, ours: float, theirs: float, detail: str) -> Check:
     """The value is `ours` divided by `theirs`; 0 if both are 0."""
     ratio = ours / theirs if theirs else (math.inf if ours else 0.0)
-    return Check(name, ratio, f"{ours:.2e} and {theirs:.2e}, {detail}")
+    return Check(name, ratio, f"ours {ours:.2e}, transformers' {theirs:.2e}; {detail}")
 
 
 def gradient_check(model: LlamaModel, reference: Reference, ids: Tensor) -> Check:
@@ -183,9 +182,9 @@ def generation_checks(model: LlamaModel, reference: Reference, new_tokens: int) 
         theirs = theirs[:, batch.shape[1] :]
         differing += int((ours != theirs).sum())
         for (kind, prompt), our_ids, their_ids in zip(group.items(), ours, theirs, strict=True):
-            text = torch.cat([prompt, our_ids[None]], dim=1)
-            logits = reference.model(text).logits
-            parts[kind] = max_difference(model(text), logits)
+            ids = torch.cat([prompt, our_ids[None]], dim=1)
+            logits = reference.model(ids).logits
+            parts[kind] = max_difference(model(ids), logits)
             if not first and not torch.equal(our_ids, their_ids):
                 place = int((our_ids != their_ids).nonzero()[0])
                 best = logits[0, prompt.shape[1] + place - 1].topk(2).values
@@ -233,8 +232,6 @@ def export_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Itera
 
 def long_text_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> Iterator[Check]:
     """Logits of 2048 and 8192 tokens of ids (1, N), or as many as fit into the context."""
-    import resource  # does not exist on Windows, where only the quick checks run
-
     context = min(model.config.max_position_embeddings, 8192)
     ids = ids.repeat(1, -(-context // ids.shape[1]))[:, :context]  # repeated if too short
     part = ids[:, :2048]
@@ -247,8 +244,7 @@ def long_text_checks(model: LlamaModel, reference: Reference, ids: Tensor) -> It
     chunks = (states.logits_in_chunks(side, ids) for side in (model, reference.model))
     difference = max(max_difference(*pair) for pair in zip(*chunks, strict=True))
     yield Check("logits match, 8192 tokens", difference, f"{context} tokens")
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `ru_maxrss`
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    peak = hardware.peak_memory(torch.device("cpu"))
     yield Check("peak memory, GB", peak, "of this process, with both models in memory")
 
 

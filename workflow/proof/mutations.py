@@ -1,6 +1,6 @@
 """Mutations: common mistakes, put into our model one at a time. Which check finds each of them?
 
-Public re-implementations have them; they load without an error, run, and print success.
+Each is from a public re-implementation, which loads, runs without an error and prints success.
 """
 
 import copy
@@ -56,7 +56,7 @@ def positions_over_heads(model: LlamaModel) -> AbstractContextManager:
     return patch.object(SmolLm3, "rotate", rotate)
 
 
-def other_theta(model: LlamaModel) -> AbstractContextManager:
+def wrong_theta(model: LlamaModel) -> AbstractContextManager:
     """theta 10000, as in SmolLM and SmolLM2's pretraining recipe; 100000 if 10000 is correct."""
     theta = 100000.0 if model.rotary.theta == 10000.0 else 10000.0
     return patch.object(model.rotary, "theta", theta)
@@ -87,7 +87,7 @@ def random_head(model: LlamaModel) -> AbstractContextManager:
     return patch.object(model, "lm_head", head)
 
 
-def other_eps(model: LlamaModel) -> AbstractContextManager:
+def wrong_eps(model: LlamaModel) -> AbstractContextManager:
     """eps 1e-6, the default of many config classes; 1e-5 if 1e-6 is correct."""
     eps = 1e-5 if model.norm.eps == 1e-6 else 1e-6  # the property hides each module's own eps
     return patch.object(LlamaRMSNorm, "eps", property(lambda module: eps), create=True)
@@ -107,11 +107,11 @@ MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
     BASELINE: nullcontext,
     "interleaved RoPE pairs": interleaved_rotation,
     "RoPE positions over heads": positions_over_heads,
-    "wrong RoPE theta": other_theta,
+    "wrong RoPE theta": wrong_theta,
     "no 1/sqrt(D)": unscaled_scores,
     "no causal mask": no_causal_mask,
     RANDOM_HEAD: random_head,
-    "wrong RMSNorm eps": other_eps,
+    "wrong RMSNorm eps": wrong_eps,
     SHIFTED_TWICE: targets_shifted_twice,
 }
 
@@ -160,7 +160,7 @@ def run_mutations(
 ) -> tuple[list[MutationResult], list[LossCurve]]:
     """Checks and trains the model with every mutation; `model` is unchanged at the end.
 
-    Training takes half an hour on a CPU; with 0 `mutations.steps`, the curves are read from a file.
+    Training takes half an hour on a CPU; if `mutations.steps` is 0, curves are read from a file.
     """
     settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer

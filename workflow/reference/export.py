@@ -57,7 +57,7 @@ def export(
             write_gguf(model, tokenizer, file, gguf, str(provenance["name"]))
         partial.replace(folder)
     except (OSError, SafetensorError) as error:
-        raise DiskError(folder, f"it cannot be written ({error})", "free some room") from error
+        raise DiskError(folder, f"it cannot be written ({error})", "free disk space") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -36,7 +36,7 @@ def permute_qk(name: str, weight: np.ndarray, config: ModelConfig, *, inverse: b
 def read_gguf(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Yields Hugging Face's name and float32 values of each tensor, dequantised by `gguf`.
 
-    A tensor that the model lacks has its name in the file and no values.
+    A tensor that `LlamaModel` does not have is yielded empty, under its name in the file.
     """
     with torch.device("meta"):
         names = {stored: name for name, stored in gguf_names(LlamaModel(config)).items()}

@@ -123,7 +123,7 @@ def download(repo_id: str, fetch: Callable[[], str]) -> Path:
         return Path(fetch())
     except Exception as error:  # errors of the client and of all libraries below
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            fix = "free some room, or set HF_HOME=FOLDER"
+            fix = "free disk space, or set HF_HOME=FOLDER"
             raise DiskError(constants.HF_HUB_CACHE, "the disk is full", fix) from None
         fix = "run again, it continues where it stopped"
         raise source_error(repo_id, "the download failed", error, fix) from None

@@ -4,6 +4,7 @@ Each model has its own process, to measure its peak memory. While one works, the
 """
 
 import datetime
+import math
 import multiprocessing
 import os
 import statistics
@@ -138,12 +139,7 @@ def worker(pipe: Connection, case: Case, config: Config) -> None:
         synchronize()
         pipe.send(time.perf_counter() - start)
         again = pipe.recv()
-    if config.device.type == "cuda":
-        pipe.send(torch.cuda.max_memory_allocated() / 1e9)
-    else:
-        import resource  # does not exist on Windows
-
-        pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    pipe.send(hardware.peak_memory(config.device) or math.nan)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class LiveClient(NotebookClient):
 
 
 def one_line_error(error: Exception) -> WorkflowError:
-    """The error of a cell or of a dead kernel; the exit code is that of a WorkflowError, else 1."""
+    """The error of a cell or of a dead kernel; exit code: of a WorkflowError, otherwise 1."""
     name, what = getattr(error, "ename", ""), getattr(error, "evalue", error)
     fix = f"read the output so far in {RUNS / 'failed.ipynb'}"
     result = WorkflowError(NOTEBOOK, f"{name}: {what}".removeprefix(": "), fix)

@@ -1,4 +1,4 @@
-"""What made an executed notebook: commit, versions, machine, weights, text and steps."""
+"""The provenance of an executed notebook: commit, versions, machine, weights, text and steps."""
 
 import hashlib
 import platform

@@ -102,14 +102,14 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise foreign_error(path, state)
     if (version := state.get("format_version")) not in (2, FORMAT_VERSION):
-        what = f"its format is version {version}, this code reads {FORMAT_VERSION}"
+        what = f"its format is version {version}, this code reads versions 2 and {FORMAT_VERSION}"
         raise CheckpointError(path, what, "use the release that wrote it")
     missing = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     if missing:
         what = f"it has no {', '.join(missing)}"
-        raise CheckpointError(path, what, "it cannot be resumed, choose another")
+        raise CheckpointError(path, what, "it cannot be resumed, choose another file")
     if state.pop("digest") != sha256_of(flatten(state)):
-        raise DamagedError(path, "its contents do not match its digest", "choose another")
+        raise DamagedError(path, "its contents do not match its digest", "choose another file")
     if names := non_finite_tensors(state):
         raise CheckpointError(path, f"{names[0]} contains NaN or inf", "choose an older one")
     settings = state["config"].get("train", {})
@@ -126,12 +126,12 @@ def read_torch_file(path: Path) -> Any:
         values = list(islice(flatten(content), MAX_VALUES + 1))
     except Exception as error:  # a file of another program can cause any error
         what = f"it cannot be read as a checkpoint ({type(error).__name__})"
-        raise DamagedError(path, what, "choose another") from None
+        raise DamagedError(path, what, "choose another file") from None
     for name, t in ((name, value) for name, value in values if isinstance(value, Tensor)):
         if t.layout != torch.strided or t.nbytes > t.untyped_storage().nbytes():
-            raise DamagedError(path, f"{name} is larger than its record", "choose another")
+            raise DamagedError(path, f"{name} is larger than its record", "choose another file")
     if len(values) > MAX_VALUES:
-        raise DamagedError(path, f"it has over {MAX_VALUES} values", "choose another")
+        raise DamagedError(path, f"it has over {MAX_VALUES} values", "choose another file")
     return content
 
 
@@ -152,7 +152,7 @@ def foreign_error(path: Path, content: Any) -> ForeignError:
             return error
     found = ", ".join(map(str, islice(content, 5))) if places else "no keys"
     what = f"it is not a checkpoint of this project (a {type(content).__name__} with {found})"
-    return ForeignError(path, what, "choose another")
+    return ForeignError(path, what, "choose another file")
 
 
 def check_archive(path: Path) -> None:
@@ -160,18 +160,18 @@ def check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             if problem := archive_problem(archive, path.stat().st_size):
-                raise DamagedError(path, problem, "choose another")
+                raise DamagedError(path, problem, "choose another file")
     except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "choose another") from None
+        raise CheckpointError(path, "there is no such file", "choose another file") from None
     except OSError as error:
         what = f"it cannot be read ({error.strerror or error})"
-        raise CheckpointError(path, what, "choose another") from None
+        raise CheckpointError(path, what, "choose another file") from None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
         with open(path, "rb") as file:
             start = file.read(64)
         kinds = (kind for pattern, kind in FILE_KINDS if re.match(pattern, start))
         what = next(kinds, f"it is damaged ({error})")
-        raise DamagedError(path, what, "choose another") from None
+        raise DamagedError(path, what, "choose another file") from None
 
 
 def archive_problem(archive: zipfile.ZipFile, size: int) -> str | None:

@@ -40,18 +40,18 @@ def find_cpp_compiler() -> str | None:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> int:
-    """Floating-point operations of training on one token, in sequences of `length`: 6 N + 6 L T C.
+    """The operations to train on one token, in sequences of `length`: 6 N + 6 L T H D.
 
     N: parameters that are multiplied, with 2 operations forward and 4 backward. A tied embedding
-    counts once, as the head; an untied one does not count. L: layers, with 12 T C for scores and
-    values (T: length, C: heads x head size), halved by the causal mask (Chowdhery et al. 2022,
+    counts once, as the head; an untied one does not count. L: layers, with 12 T H D for scores,
+    values (T: length; H D: query heads × size), halved by the causal mask (Chowdhery et al. 2022,
     arXiv:2204.02311, appendix B). Operations repeated by activation checkpointing do not count.
     """
     C, D = config.hidden_size, config.head_dim
-    wide, narrow = config.num_attention_heads * D, config.num_key_value_heads * D
-    layer = 2 * C * wide + 2 * C * narrow + 3 * C * config.intermediate_size + 2 * C
-    multiplied = config.vocab_size * C + config.num_hidden_layers * layer + C
-    return 6 * multiplied + 6 * config.num_hidden_layers * length * wide
+    query_size, kv_size = config.num_attention_heads * D, config.num_key_value_heads * D
+    layer = 2 * C * query_size + 2 * C * kv_size + 3 * C * config.intermediate_size + 2 * C
+    matmul_parameters = config.vocab_size * C + config.num_hidden_layers * layer + C
+    return 6 * matmul_parameters + 6 * config.num_hidden_layers * length * query_size
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -60,6 +60,18 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """The largest memory so far, in GB: of a GPU, or of this process. None on Windows."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of `ru_maxrss`
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def describe_device(device: torch.device) -> str:

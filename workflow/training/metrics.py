@@ -74,7 +74,7 @@ class InMemoryLogger:
 
 
 class MetricsLogger(InMemoryLogger):
-    """Also writes the rows to metrics.jsonl and TensorBoard. Earlier rows after `step` are removed.
+    """Also writes the rows to metrics.jsonl and TensorBoard. Rows after `step` are removed first.
 
     provenance: of weights and text, written to provenance.json. settings: shown in TensorBoard.
     Raises DiskError.
@@ -86,10 +86,10 @@ class MetricsLogger(InMemoryLogger):
         with disk_errors(folder, FOLDER_KEY):
             folder.mkdir(parents=True, exist_ok=True)
             remove_temporary_files(folder)
-            old = read_rows(file)
+            old = read_log(file)
             if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
                 file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
-            self.rows = [row for row in old if row["step"] <= step and step]
+            self.rows = [row for row in old if row["step"] <= step] if step else []
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_text_atomic(file, lines, FOLDER_KEY)
             text = json.dumps(provenance, indent=1) + "\n"
@@ -146,7 +146,7 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
     return writer
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_log(file: Path) -> list[dict[str, Any]]:
     """The rows of a log. Raises CheckpointError, with the number of a damaged line."""
     # a kill can leave a partial last line: it is ignored
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
@@ -176,25 +176,18 @@ class ProgressBar:
 
     def __init__(self, settings: TrainSettings, resumed_at: int):
         self.settings, self.resumed_at = settings, resumed_at
-        self._bar = tqdm(disable=True)
+        self.bar = tqdm(disable=True)
 
     def start(self, step: int, max_steps: int) -> None:
         title = "Resume Training" if self.resumed_at else "Training"
         counts = {"total": max_steps - self.resumed_at, "initial": step - self.resumed_at}
-        self._bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
+        self.bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Moves the bar by one step, and prints the step's line if it has one."""
-        self._bar.update()
+        self.bar.update()
         if line := step_line(row, self.settings, self.resumed_at):
             tqdm.write(line, file=sys.stdout)
-
-    def clear(self) -> None:
-        """Erases the bar before something else is printed."""
-        self._bar.clear()
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) -> str | None:

@@ -103,7 +103,7 @@ def load_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]
     if path.is_dir():
         found = checkpoint.load_newest(path)
         if found is None:
-            raise CheckpointError(path, "no checkpoint in this folder", "choose another")
+            raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
     else:
         found = path, checkpoint.load(path)
     if found[0].parent.parent != checkpoints.resolve():

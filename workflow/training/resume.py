@@ -107,7 +107,7 @@ def restore(
     missing = [name for name in RANDOM_STATES if name not in state["random"]]
     if missing and "random" not in allowed:
         what = f"the random states {', '.join(missing)} are missing"
-        fix = "choose another, or resume inexactly with --allow random"
+        fix = "choose another file, or resume inexactly with --allow random"
         raise CheckpointError(path, what, fix)
     weights = normalize_weight_names(state["model"], path)
     try:
@@ -118,7 +118,7 @@ def restore(
         restore_random_states(state["random"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         what = f"it does not fit ({type(error).__name__}: {error})"
-        raise CheckpointError(path, what, "choose another") from error
+        raise CheckpointError(path, what, "choose another file") from error
     if inexact + missing:
         print(f"Note: {', '.join(inexact + missing)} as allowed: the resume is not exact")
 

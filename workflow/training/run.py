@@ -94,7 +94,7 @@ class Run:
         self._print_plan(max_steps)
         self.progress.start(done, max_steps)
         try:
-            with deferred_signals(distributed.all_reduce_max) as safe_point:
+            with deferred_signals() as safe_point:
                 self._validate(max_steps, safe_point)
                 while self.global_step < max_steps:
                     self.trainer.train_step()
@@ -108,7 +108,7 @@ class Run:
                     safe_point(self.save)
                 self.logger.flush()
         finally:
-            self.progress.close()
+            self.progress.bar.close()
 
     def sample(self, prompt: str) -> str:
         """Generates a continuation of `prompt`, logs it, and returns both as one text.
@@ -116,7 +116,7 @@ class Run:
         If the log already has one of this step, returns that. Training is not affected.
         """
         self._flush_metrics()
-        self.progress.clear()
+        self.progress.bar.clear()
         logged = self.logger.sample(self.global_step, prompt)
         if logged is not None or not distributed.is_main_process():
             return logged or ""
@@ -192,13 +192,13 @@ class Run:
     def _flush_metrics(self) -> None:
         """Waits for the metrics of the steps that were started; logs and shows them."""
         if self.trainer.step_function.pending:
-            with self.trainer.must_finish():  # a state is saved only with all rows of its log
+            with self.trainer.critical_section():  # a state is saved only with all rows of its log
                 for row in self.trainer.metrics():
                     self.logger.log(row)
                     self.progress.show(row)
 
     def _metrics_due(self, max_steps: int) -> bool:
-        """Whether to wait for the metrics now. A GPU has more steps to do meanwhile."""
+        """Whether to wait for the metrics now. A GPU may be `GPU_STEPS_AHEAD` steps ahead."""
         ahead = GPU_STEPS_AHEAD if self.trainer.device.type == "cuda" else 1
         return self.global_step % ahead == 0 or self._is_validation_step(max_steps)
 

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from workflow.training import distributed
+
 
 class Terminated(KeyboardInterrupt):
     exit_code = 143  # SIGTERM is handled like Ctrl-C, but main.py has another exit code for it
@@ -20,12 +22,12 @@ def raise_on_sigterm() -> None:
 
 
 @contextmanager
-def deferred_signals(all_reduce_max: Callable[[int], int] = int) -> Iterator[Callable[..., None]]:
+def deferred_signals() -> Iterator[Callable[..., None]]:
     """Lets Ctrl-C and SIGTERM wait until the block calls the function `safe_point(before)`.
 
     After a signal, `safe_point` calls `before` (for example: save), then raises as the signal would
-    have. A second signal acts at once. all_reduce_max: the largest number over all processes, so
-    that all stop at the same step. In other threads than the main one, signals are not deferred.
+    have. All processes of a run stop at the same step. A second signal acts at once. In other
+    threads than the main one, signals are not deferred.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda *_: None
@@ -38,7 +40,7 @@ def deferred_signals(all_reduce_max: Callable[[int], int] = int) -> Iterator[Cal
             handlers[number](number, frame)
 
     def safe_point(before: Callable[[], None] = lambda: None) -> None:
-        if number := all_reduce_max(received[0] if received else 0):
+        if number := distributed.all_reduce_max(received[0] if received else 0):
             before()
             handlers[number](number, None)
 

@@ -26,7 +26,7 @@ class NextTokenLoss(nn.Module):
     """Mean cross entropy of the next token: inputs and targets (B, T) -> scalar, nats, float32.
 
     The logits of a whole batch would be the largest tensor of a step. They are computed from the
-    model's normed states for `CHUNK` tokens at a time. precision: of the matrix products; sums and
+    model's normed states for some tokens at a time. precision: of the matrix products; sums and
     losses are float32.
     """
 
@@ -83,7 +83,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Ada
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode for the block: dropout would change random states."""
+    """Puts the model into eval mode for the block. `LlamaModel` has no dropout; a test adds one."""
     training = model.training
     model.eval()
     try:
@@ -102,7 +102,7 @@ class TrainStep:
 
     def __init__(self, model: LlamaModel, settings: TrainSettings, device: torch.device):
         self.settings, self.device = settings, device
-        self.loss = NextTokenLoss(model, getattr(torch, settings.precision))
+        self.loss_module = NextTokenLoss(model, getattr(torch, settings.precision))
         self.optimizer = make_optimizer(model, settings)
         size, count = settings.batch_size, distributed.world_size()
         self.slice = batch_slice(size, settings.micro_batch_size, count)
@@ -123,7 +123,7 @@ class TrainStep:
             group["lr"] = rate
         self.optimizer.zero_grad()
         loss = self._backward(inputs, targets)
-        named = list(self.loss.model.named_parameters())
+        named = list(self.loss_module.model.named_parameters())
         missing = [name for name, parameter in named if parameter.grad is None]
         assert not missing, f"no gradient reaches {', '.join(missing)}"
         norm = nn.utils.clip_grad_norm_([p for _, p in named], self.settings.max_grad_norm)
@@ -153,7 +153,7 @@ class TrainStep:
                 error.step = row["step"] - 1
                 raise error
             if peak := hardware.peak_flops(self.device):
-                config = self.loss.model.config
+                config = self.loss_module.model.config
                 flops = hardware.flops_per_token(config, settings.sequence_length)
                 row["flops_utilisation"] = speed / distributed.world_size() * flops / peak
         return list(rows)
@@ -172,7 +172,7 @@ class TrainStep:
     @cached_property
     def _wrapped_loss(self) -> nn.Module:
         """`loss`, wrapped for several processes, and compiled if the settings say so."""
-        trained = self.loss
+        trained = self.loss_module
         if distributed.world_size() > 1:
             trained = DistributedDataParallel(trained, gradient_as_bucket_view=True)
         if self.settings.compile and hardware.find_cpp_compiler():

@@ -43,7 +43,7 @@ class Trainer:
     def train_step(self) -> None:
         """Starts one step on the device; `metrics` waits for its results."""
         inputs, targets = self.batch(self.global_step)
-        with self.must_finish(), distributed.translate_errors():
+        with self.critical_section(), distributed.translate_errors():
             self.step_function(self.global_step, inputs, targets)
             self.global_step += 1
 
@@ -71,11 +71,12 @@ class Trainer:
     def validation_loss(self, after_batch: Callable[[], None]) -> float:
         """The mean loss of the held-out tokens, in nats per token."""
         settings, total, count = self.config.train, 0.0, 0
+        loss_of = self.step_function.loss_module
         size = settings.micro_batch_size or settings.batch_size, settings.sequence_length
         held_out = validation_batches(self.corpus.validation, settings.validation_tokens, *size)
         with eval_mode(self.model):
             for inputs, targets in held_out:
-                loss = self.step_function.loss(inputs.to(self.device), targets.to(self.device))
+                loss = loss_of(inputs.to(self.device), targets.to(self.device))
                 total += loss.item() * inputs.numel()
                 count += inputs.numel()
                 after_batch()
@@ -110,8 +111,8 @@ class Trainer:
         self.optimizer.state.clear()
 
     @contextmanager
-    def must_finish(self) -> Iterator[None]:
-        """After a block that an error or a second Ctrl-C stopped, the state is refused."""
+    def critical_section(self) -> Iterator[None]:
+        """If the block does not reach its end, the state is refused from then on."""
         self.check_usable()
         self.step_unfinished = True
         yield

@@ -8,7 +8,6 @@ from torch import Tensor
 from workflow.config.settings import Config
 from workflow.data import Corpus, batch_at
 from workflow.errors import CheckpointError
-from workflow.training import distributed
 from workflow.training.metrics import StepTrace
 from workflow.training.open import open_run, resume_run, run_name
 from workflow.training.run import UNINTERRUPTED_FILE, Run
@@ -37,7 +36,7 @@ def train_uninterrupted(run: Run, max_steps: int) -> StepTrace:
         raise CheckpointError(run.folder, what, "start a new run next to it with FRESH=1")
     if run.loaded_step == trainer.global_step:
         print(f"Note: these steps follow a checkpoint, loaded at step {run.loaded_step}")
-    with deferred_signals(distributed.all_reduce_max) as safe_point:
+    with deferred_signals() as safe_point:
         while trainer.global_step < max_steps:
             trainer.train_step()
             trainer.metrics()
