@@ -79,7 +79,7 @@ def test_the_optimizer_has_each_parameter_once_and_weight_decay_only_on_matrices
 
 def test_eval_mode_ends_with_its_block(model):
     model.train()
-    with pytest.raises(KeyboardInterrupt), eval_mode(model):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), eval_mode(model):
         assert not model.training
         raise KeyboardInterrupt
     assert model.training
