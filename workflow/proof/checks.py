@@ -100,7 +100,7 @@ def config_and_weight_checks(model: LlamaModel, reference: Reference) -> Iterato
 def tokenizer_check(reference: Reference, text: str, ids: Sequence[int]) -> Check:
     decoded = reference.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     wrong = sum(a != b for a, b in zip(text, decoded)) + abs(len(text) - len(decoded))
-    return Check("text survives encode and decode", wrong, f"wrong of {len(text)} characters")
+    return Check("text survives encode and decode", wrong, f"of {len(text)} characters differ")
 
 
 def forward_pass_checks(
