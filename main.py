@@ -181,14 +181,16 @@ def export(arguments: Namespace) -> None:
 def bench(arguments: Namespace) -> None:
     """Compare the speed of training and generation with transformers.
 
-    The two models take turns, each in its own process. Run no other program.
+    The two models take turns, each in its own process. Run no other program. With
+    --busy, it measures training steps beside a busy program (needs 10 GB of memory).
 
     example:
       python main.py bench --profile cpu --only "greedy generation"
     """
-    from workflow.tools.bench import report  # transformers: 4 s that other commands do not need
+    from workflow.tools import bench, busy  # transformers: 4 s that other commands do not need
 
-    print(report(configure(arguments), arguments.rounds, arguments.only))
+    config, rounds, only = configure(arguments), arguments.rounds, arguments.only
+    print(busy.report(config, rounds) if arguments.busy else bench.report(config, rounds, only))
 
 
 COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
@@ -280,6 +282,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
         add("--gguf", choices=("F32", "F16", "Q8_0"), help="also write GGUF (default: none)")
     elif command == "bench":
         add("--rounds", metavar="N", type=int, default=7, help="repetitions (default: 7)")
+        add("--busy", **flag, help="measure training steps beside a busy program")
         add("--only", metavar="WORDS", default="", help="rows named …WORDS… (default: all)")
 
 

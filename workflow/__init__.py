@@ -13,5 +13,6 @@ SHORT_SPIN = {
     "GOMP_SPINCOUNT": "1000",  # iterations; libgomp, on Linux
     "KMP_BLOCKTIME": "1",  # milliseconds; LLVM's and Intel's libraries, on macOS and Windows
 }
-if not os.environ.keys() & {"OMP_WAIT_POLICY", *SHORT_SPIN}:
+OPENMP_VARIABLES = {"OMP_WAIT_POLICY", *SHORT_SPIN}
+if not os.environ.keys() & OPENMP_VARIABLES:
     os.environ |= SHORT_SPIN

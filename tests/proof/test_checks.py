@@ -70,19 +70,28 @@ def test_one_changed_weight_is_found_and_named(config, wide_reference):
 
 
 def test_a_wrong_greedy_token_is_named(config, wide_reference, monkeypatch):
-    generate = wide_reference.model.generate
+    model = copy_reference(wide_reference)
+    generate = model.generate
 
-    def with_one_wrong_token(batch, **options):
-        tokens = generate(batch, **options)
-        tokens[0, batch.shape[1] + 2] = (tokens[0, batch.shape[1] + 2] + 1) % 257
+    def with_a_wrong_last_token(batch, *arguments, **options):
+        tokens = generate(batch, *arguments, **options)
+        tokens[0, -1] = (tokens[0, -1] + 1) % 257
         return tokens
 
-    monkeypatch.setattr(wide_reference.model, "generate", with_one_wrong_token)
-    checks = quick_checks(copy_reference(wide_reference), wide_reference, config)
-    check = checks["greedy tokens match"]
+    monkeypatch.setattr(model, "generate", with_a_wrong_last_token)
+    check = quick_checks(model, wide_reference, config)["greedy tokens match"]
     assert check.value == 2  # one in each of the two batches
-    words = r"first: prose, token 3, where transformers' best two logits differ by \d\.\d\de"
+    words = r"first: prose, token 4, where transformers' best two logits differ by \d\.\d\de"
     assert re.match(words, check.detail)
+
+
+def test_a_padded_batch_gets_the_same_greedy_text_as_from_transformers(wide_reference):
+    model = copy_reference(wide_reference)
+    ids = torch.randint(257, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(9) >= torch.tensor([[0], [4], [8]])
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 20}
+    theirs = wide_reference.model.generate(ids, attention_mask=mask.long(), **options)
+    assert torch.equal(model.generate(ids, 20, mask=mask), theirs)
 
 
 def test_a_wrong_config_is_named(wide_reference):

@@ -3,13 +3,15 @@
 import contextlib
 import copy
 import dataclasses
+import os
 import re
 
 import pytest
 import torch
 
-from workflow.tools import bench
-from workflow.tools.bench import BF16, THEIRS, Case
+from workflow import OPENMP_VARIABLES
+from workflow.tools import bench, busy
+from workflow.tools.bench import BF16, OURS, THEIRS, Case
 
 
 @pytest.fixture
@@ -25,17 +27,19 @@ def task(config, reference):
 
 def test_workers_take_turns_and_a_row_has_the_median_of_pairs(config, monkeypatch):
     calls = []
-    results = {BF16: iter([1.0, 2.0, 4.0, 1.234]), THEIRS: iter([2.0, 2.0, 5.0, 2.0])}
+    fast, plain = Case("greedy generation", 2, 50, OURS + BF16), Case("", 2, 50, THEIRS)
+    results = {fast: iter([1.0, 2.0, 4.0, 1.234]), plain: iter([2.0, 2.0, 5.0, 2.0])}
 
     @contextlib.contextmanager
     def fake_worker(case, config):
-        yield lambda again: (calls.append((case.variant, again)), next(results[case.variant]))[1]
+        yield lambda again: (calls.append((case, again)), next(results[case]))[1]
 
     monkeypatch.setattr(bench, "worker_process", fake_worker)
-    row = bench.measure(Case("greedy generation", 2, 50, BF16), config, 3)
-    assert calls == [(BF16, True), (THEIRS, True)] * 3 + [(BF16, False), (THEIRS, False)]
-    name = "greedy generation, 2 × 50 tokens, bfloat16 weights"
-    assert row == f"| {name} | 50.0 | 50.0 | 1.25 (1.00 to 2.00) | 1.23 | 2.00 |"
+    row = bench.measure(fast, plain, config, 3)
+    assert calls == [(fast, True), (plain, True)] * 3 + [(fast, False), (plain, False)]
+    name = "greedy generation, 2 × 50 tokens, this project, bfloat16"
+    numbers = "50.0 | transformers | 50.0 | 1.25 (1.00 to 2.00) | 1.23 | 2.00"
+    assert row == f"| {name} | {numbers} |"
 
 
 def test_both_models_train_with_the_same_loss(task, monkeypatch):
@@ -58,7 +62,31 @@ def test_both_models_generate_the_same_tokens(task):
     case = ("greedy generation", 2, 5)
     ours, theirs = torch.stack(task(*case)(), dim=1), task(*case, THEIRS)()[:, 16:]
     assert torch.equal(ours, theirs)
-    assert len(task(*case, BF16)()) == 5
+    assert len(task(*case, OURS + BF16)()) == 5
+
+
+def test_only_a_cpu_with_bfloat16_instructions_has_rows_for_it(config, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    without = bench.cases(config)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    more = [pair for pair in bench.cases(config) if pair not in without]
+    assert {(ours.variant, other.variant) for ours, other in more} == {
+        (OURS + BF16, OURS),
+        (OURS + BF16, THEIRS + BF16),
+    }
+
+
+@pytest.mark.slow
+def test_steps_are_measured_quiet_and_beside_a_busy_program(here, monkeypatch):
+    monkeypatch.setitem(busy.MODELS, "small", (64, 2))
+    code, out, err = here("bench", "--busy", "--rounds", "1")
+    assert code == 0, err
+    rows = re.findall(r"^\| (\w+), (.+?) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+)", out, re.M)
+    assert [row[:2] for row in rows] == [(m, s) for m in ("tiny", "small") for s in busy.SETTINGS]
+    assert [row[5] for row in rows if row[1] == "torch's default"] == ["1.00"] * 2
+    with busy.environment({"OMP_WAIT_POLICY": "PASSIVE"}):
+        assert os.environ.keys() & OPENMP_VARIABLES == {"OMP_WAIT_POLICY"}
+    assert "GOMP_SPINCOUNT" in os.environ
 
 
 @pytest.mark.slow

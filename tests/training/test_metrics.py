@@ -49,16 +49,20 @@ def test_a_start_at_step_0_has_an_empty_log_and_keeps_the_old_one(tmp_path):
 
 def test_tensorboard_shows_histograms_and_the_config(tmp_path):
     logger, model = MetricsLogger(tmp_path, 0, *PROVENANCE_AND_SETTINGS), nn.Linear(30, 20)
+    model.register_parameter("large", nn.Parameter(torch.linspace(0, 1, 2**19)))
     nn.init.zeros_(model.bias)  # all values the same
     model.weight.grad = torch.randn(20, 30)
     logger.log_histograms(500, model)
     logger.close()
     sizes = {"histograms": 0, "tensors": 0}
     events = EventAccumulator(str(tmp_path), size_guidance=sizes).Reload()
-    names = {"weights/weight", "weights/bias", "gradients/weight"}
+    names = {"weights/weight", "weights/bias", "weights/large", "gradients/weight"}
     assert set(events.Tags()["histograms"]) == names
     (shown,) = events.Histograms("gradients/weight")
     assert (shown.step, shown.histogram_value.num) == (500, 600)
+    (sample,) = events.Histograms("weights/large")
+    assert sample.histogram_value.num == -(-(2**19) // 9)
+    assert sample.histogram_value.sum / sample.histogram_value.num == pytest.approx(0.5, abs=1e-3)
     (config,) = events.Tensors("config/text_summary")
     assert b'"seed": 1' in config.tensor_proto.string_val[0]
 

@@ -43,6 +43,48 @@ def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model, shape):
     torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
 
 
+def test_a_step_equals_clipping_and_then_adamw(model, config):
+    settings = config.train.model_copy(update={"max_grad_norm": 0.1, "compile": False})
+    plain = copy.deepcopy(model)
+    optimizer = make_optimizer(plain, settings)
+    step = TrainStep(model, settings, torch.device("cpu"))
+    size = settings.batch_size, settings.sequence_length
+    for number in range(4):
+        inputs, targets = torch.randint(257, (2, *size))
+        step(number, inputs, targets)
+        optimizer.zero_grad()
+        NextTokenLoss(plain)(inputs, targets).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, settings)
+        optimizer.step()
+        assert norm > 0.1
+        assert step.metrics()[0]["gradient_norm"] == pytest.approx(norm.item(), rel=1e-4)
+        for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-8)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "instruction", "parameters", "hint"),
+    [
+        ("float32", "amx_bf16", 10**8, "Note: this CPU has bfloat16 instructions"),
+        ("float32", "avx512_bf16", 10**8, "Note: this CPU has bfloat16 instructions"),
+        ("float32", "avx512_bf16", 10**6, None),
+        ("float32", "avx2", 10**8, None),
+        ("bfloat16", "avx2", 10**6, "Warning: this CPU has no bfloat16 instructions"),
+        ("bfloat16", "amx_bf16", 10**8, None),
+    ],
+)
+def test_a_better_precision_for_this_cpu_is_named(
+    monkeypatch, precision, instruction, parameters, hint
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    found = hardware.precision_hint(torch.device("cpu"), precision, parameters)
+    assert found is hint or found.startswith(hint)
+    assert hardware.precision_hint(torch.device("meta"), precision, parameters) is None
+
+
 def test_the_learning_rate_warms_up_decays_and_then_stays(config):
     rates = {"learning_rate": 1.0, "min_learning_rate": 0.1}
     schedule = {"warmup_steps": 10, "schedule_steps": 110}

@@ -1,6 +1,6 @@
-"""Speed and memory, compared with transformers on the same weights, tokens, loss and precision.
+"""Speed and memory, compared with transformers on the same weights, tokens and loss.
 
-Each model has its own process, to measure its peak memory. While one works, the other waits.
+Each side has its own process, to measure its peak memory. While one works, the other waits.
 """
 
 import datetime
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import transformers
@@ -25,42 +26,43 @@ from workflow.config import Config
 from workflow.reference import Reference, load_reference
 from workflow.training import TrainStep, hardware, make_optimizer
 
-THEIRS, COMPILED, BF16 = "transformers", "compiled", "bfloat16 weights"  # variants
-HEADER = (
-    "| | tokens/s | transformers, tokens/s | ratio, median of pairs | peak GB | transformers, GB |"
-)
+OURS, THEIRS, COMPILED, BF16 = "this project", "transformers", ", compiled", ", bfloat16"
+HEADER = "| | tokens/s | compared with | tokens/s | ratio, median of pairs | peak GB | peak GB |"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the report: the task, its size, and what is compared with plain transformers."""
+    """One side of a row: the task, its size, and which code does it."""
 
     task: str  # a key of `TASKS`
     batch_size: int
     length: int  # tokens
-    variant: str = ""  # "": our model in float32, not compiled
+    variant: str = OURS  # or THEIRS; then COMPILED, or BF16: other precision than the settings'
 
     def __str__(self) -> str:
-        name = f"{self.task}, {self.batch_size} × {self.length} tokens"
-        return f"{name}, {self.variant}" if self.variant else name
+        return f"{self.task}, {self.batch_size} × {self.length} tokens, {self.variant}"
 
 
-def cases(device: torch.device) -> list[Case]:
-    sizes = [(1, 128), (4, 256), (1, 1024)] + [(32, 1024)] * (device.type == "cuda")
-    variants = ("", COMPILED, f"{THEIRS}, {COMPILED}")
-    return [
-        *(Case("training step", *size, variant) for size in sizes for variant in variants),
-        Case("greedy generation", 1, 128),
-        Case("greedy generation", 1, 128, BF16),
-        Case("greedy generation", 8, 128),
-        Case("prefill", 1, 1024),
-    ]
+def cases(config: Config) -> list[tuple[Case, Case]]:
+    """The rows of the report: what is measured, and what it is compared with."""
+    sizes, rows = [(1, 128), (4, 256), (1, 1024)], []
+    if config.device.type == "cuda":
+        sizes.append((32, 1024))
+    pairs = [(OURS, THEIRS), (OURS + COMPILED, THEIRS + COMPILED), (OURS + COMPILED, OURS)]
+    if config.train.precision == "float32" and hardware.has_fast_bf16(config.device):
+        pairs += [(OURS + BF16, OURS), (OURS + BF16, THEIRS + BF16)]
+    rows += [("training step", *size, pair) for size in sizes for pair in pairs]
+    rows += [("greedy generation", *size, (OURS, THEIRS)) for size in ((1, 128), (8, 128))]
+    rows += [("greedy generation", 1, 128, (OURS + BF16, THEIRS)), ("prefill", 1, 1024, pairs[0])]
+    return [tuple(Case(*row, variant) for variant in pair) for *row, pair in rows]
 
 
 def training_step(case: Case, reference: Reference, config: Config) -> Callable:
     """A function that does one training step: forward, backward, clipping, fused AdamW."""
     settings, device = config.train, config.device
-    tokens = random_tokens(reference, case.batch_size, case.length + 1).to(device)
+    if BF16 in case.variant:
+        settings = settings.model_copy(update={"precision": "bfloat16"})
+    tokens = random_tokens(reference.config.vocab_size, case.batch_size, case.length + 1).to(device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     if THEIRS not in case.variant:
         changes = {"batch_size": case.batch_size, "micro_batch_size": None, "warmup_steps": 0}
@@ -85,9 +87,9 @@ def training_step(case: Case, reference: Reference, config: Config) -> Callable:
 
 def generation(case: Case, reference: Reference, config: Config) -> Callable:
     """A function that generates greedily after a prompt of 16 tokens, without stop tokens."""
-    prompt = random_tokens(reference, case.batch_size, 16).to(config.device)
+    prompt = random_tokens(reference.config.vocab_size, case.batch_size, 16).to(config.device)
     if THEIRS not in case.variant:
-        precision = torch.bfloat16 if case.variant == BF16 else torch.float32
+        precision = torch.bfloat16 if BF16 in case.variant else torch.float32
         model = prepare_for_generation(our_model(reference), precision)
         return lambda: list(model.stream(prompt, case.length))
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -97,7 +99,8 @@ def generation(case: Case, reference: Reference, config: Config) -> Callable:
 
 def prefill(case: Case, reference: Reference, config: Config) -> Callable:
     """A function that computes the logits after a prompt, and caches its keys and values."""
-    prompt = random_tokens(reference, case.batch_size, case.length).to(config.device)
+    vocab_size = reference.config.vocab_size
+    prompt = random_tokens(vocab_size, case.batch_size, case.length).to(config.device)
     if THEIRS not in case.variant:
         model = our_model(reference)
         return lambda: model.generate(prompt, 1)
@@ -115,22 +118,27 @@ def our_model(reference: Reference) -> LlamaModel:
     return model.to(device)
 
 
-def random_tokens(reference: Reference, batch_size: int, length: int) -> torch.Tensor:
+def random_tokens(vocab_size: int, batch_size: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(reference.config.vocab_size, (batch_size, length), generator=generator)
+    return torch.randint(vocab_size, (batch_size, length), generator=generator)
 
 
-def worker(pipe: Connection, case: Case, config: Config) -> None:
+def prepare(case: Case, config: Config) -> Callable:
+    """The function of a case, with the reference's weights."""
+    source, cache = config.reference.source, config.paths.cache
+    reference = load_reference(source, config.model_entry, cache=cache)
+    reference.model.to(config.device)
+    return TASKS[case.task](case, reference, config)
+
+
+def worker(pipe: Connection, prepare: Callable, case: Any, config: Config) -> None:
     """Runs in its own process: one warm-up call, then sends the time of a call for each True.
 
-    When it receives False, it sends its peak memory in GB (of the GPU, if there is one) and ends.
+    prepare: returns the function to call. When the worker receives False, it sends its peak memory
+    in GB (of the GPU, if there is one) and ends.
     """
     sys.stdout = open(os.devnull, "w")
-    reference = load_reference(
-        config.reference.source, config.model_entry, cache=config.paths.cache
-    )
-    reference.model.to(config.device)
-    run_task = TASKS[case.task](case, reference, config)
+    run_task = prepare(case, config)
     synchronize = torch.cuda.synchronize if config.device.type == "cuda" else lambda: None
     again = True
     while again:
@@ -143,11 +151,13 @@ def worker(pipe: Connection, case: Case, config: Config) -> None:
 
 
 @contextmanager
-def worker_process(case: Case, config: Config) -> Iterator[Callable[[bool], float]]:
+def worker_process(
+    case: Any, config: Config, prepare: Callable = prepare
+) -> Iterator[Callable[[bool], float]]:
     """Starts a worker. Gives a function: True → time of one more call, False → peak memory."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=worker, args=(there, case, config), daemon=True)
+    process = context.Process(target=worker, args=(there, prepare, case, config), daemon=True)
     process.start()
     there.close()
     try:
@@ -158,27 +168,30 @@ def worker_process(case: Case, config: Config) -> Iterator[Callable[[bool], floa
         process.join()
 
 
-def measure(case: Case, config: Config, rounds: int) -> str:
-    """The Markdown row of a case; our model and transformers take turns."""
-    plain = Case(case.task, case.batch_size, case.length, THEIRS)
-    with worker_process(case, config) as call_ours, worker_process(plain, config) as call_theirs:
-        pairs = [(call_ours(True), call_theirs(True)) for _ in range(rounds)]
-        memory = f"{call_ours(False):.2f} | {call_theirs(False):.2f}"
-    ratios = sorted(t / o for o, t in pairs)  # above 1: ours is faster
+def measure(case: Case, other: Case, config: Config, rounds: int) -> str:
+    """The Markdown row of a case; the two sides take turns."""
+    with worker_process(case, config) as call, worker_process(other, config) as call_other:
+        pairs = [(call(True), call_other(True)) for _ in range(rounds)]
+        memory = f"{call(False):.2f} | {call_other(False):.2f}"
+    ratios = sorted(b / a for a, b in pairs)  # above 1: the case is faster
     ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    ours, theirs = (statistics.median(times) for times in zip(*pairs))
     tokens = case.batch_size * case.length
-    return f"| {case} | {tokens / ours:.1f} | {tokens / theirs:.1f} | {ratio} | {memory} |"
+    speed, other_speed = (f"{tokens / statistics.median(times):.1f}" for times in zip(*pairs))
+    return f"| {case} | {speed} | {other.variant} | {other_speed} | {ratio} | {memory} |"
+
+
+def heading(config: Config) -> list[str]:
+    """Date, machine and versions."""
+    machine = hardware.describe_device(config.device)
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return [f"{datetime.date.today()}; {machine}; {config.train.precision}", versions, ""]
 
 
 def report(config: Config, rounds: int, only: str = "") -> str:
-    """Date, machine, versions, and a Markdown table of all cases whose name contains `only`."""
-    device, precision = config.device, config.train.precision
-    lines = [f"{datetime.date.today()}; {hardware.describe_device(device)}; {precision}"]
-    lines += [f"torch {torch.__version__}, transformers {transformers.__version__}", ""]
-    lines += [HEADER, "|---" * 6 + "|"]
-    for case in cases(device):
+    """Date, machine, versions, and a Markdown table of all rows whose name contains `only`."""
+    lines = [*heading(config), HEADER, "|---" * 7 + "|"]
+    for case, other in cases(config):
         if only in str(case):
             print(f"measuring {case}", file=sys.stderr)
-            lines.append(measure(case, config, rounds))
+            lines.append(measure(case, other, config, rounds))
     return "\n".join(lines)

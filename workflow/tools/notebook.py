@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from workflow.errors import WorkflowError
 from workflow.files import write_text_atomic
 
 NOTEBOOK, RUNS = Path("main.ipynb"), Path("runs")
+SILENT_SECONDS = 8  # after this, a line says that the notebook is still working
 SKIP_TAG = "skip-execution"  # the tag of cells for interactive use only
 
 
@@ -56,17 +58,35 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
     print(f"  {folder}/main.ipynb  the same as a notebook\nLook:")
     print("  make tensorboard   curves and samples")
     print("  make lab           the notebook in JupyterLab")
+    print(f"\nSeconds ({sum(client.seconds.values()):.0f} in all):")
+    for title, seconds in client.seconds.items():
+        print(f"{seconds:7.1f}  {title}")
 
 
 class LiveClient(NotebookClient):
     """Prints what the kernel prints, and sends it the signals that this process gets."""
 
     stopped_by = 0  # number of the last signal
+    section = "Start"  # the title of the section whose cells are executed
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.seconds: dict[str, float] = {}  # of each section
+        self.last_output = time.monotonic()
 
     def process_message(self, msg, cell, cell_index):
         if msg["msg_type"] == "stream":
             print(msg["content"]["text"], end="", flush=True)
+            self.last_output = time.monotonic()
         return super().process_message(msg, cell, cell_index)
+
+    async def print_if_silent(self, start: float) -> None:
+        """Prints a line whenever the kernel has printed nothing for `SILENT_SECONDS`."""
+        while True:
+            await asyncio.sleep(1)
+            if (now := time.monotonic()) - self.last_output >= SILENT_SECONDS:
+                self.last_output = now
+                print(f"… {self.section}: working, {now - start:.0f} s", file=sys.stderr)
 
     async def async_start_new_kernel(self, **options):
         with suppress(NotImplementedError):  # Windows
@@ -74,10 +94,20 @@ class LiveClient(NotebookClient):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop, number)
         await super().async_start_new_kernel(**options)
 
-    async def async_execute_cell(self, *arguments, **options):
+    async def async_execute_cell(self, cell, *arguments, **options):
         if self.stopped_by:  # between two cells, the kernel ignores an interrupt
             raise DeadKernelError("stopped between two cells")
-        return await super().async_execute_cell(*arguments, **options)
+        if title := re.match(r"## (.+)", cell.source):
+            self.section = title[1]
+            print(f"\n--- {self.section}")
+        start = self.last_output = time.monotonic()
+        heartbeat = asyncio.ensure_future(self.print_if_silent(start))
+        try:
+            return await super().async_execute_cell(cell, *arguments, **options)
+        finally:
+            heartbeat.cancel()
+            seconds = self.seconds.get(self.section, 0.0)
+            self.seconds[self.section] = seconds + time.monotonic() - start
 
     def stop(self, number: int) -> None:
         """The first signal interrupts the cell, which saves. A second signal kills the kernel."""

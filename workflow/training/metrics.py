@@ -114,12 +114,14 @@ class MetricsLogger(InMemoryLogger):
                 self._board.add_text("sample", row["sample"], row["step"])
 
     def log_histograms(self, step: int, model: nn.Module) -> None:
-        """Shows the weights, and the gradients if there are some, in TensorBoard."""
+        """Shows weights and gradients in TensorBoard: of a large tensor, a regular sample."""
         with disk_errors(self.folder, FOLDER_KEY):
             for name, parameter in model.named_parameters():
                 for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
                     if values is not None:
-                        self._board.add_histogram(f"{kind}/{name}", values, step, bins=64)
+                        # an odd distance, so that the sample is not from a few channels only
+                        flat, distance = values.detach().flatten(), values.numel() // 2**16 | 1
+                        self._board.add_histogram(f"{kind}/{name}", flat[::distance], step, bins=64)
 
     def flush(self) -> None:
         if not self._file.closed:

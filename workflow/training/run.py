@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from workflow.errors import CheckpointError
-from workflow.training import checkpoint, distributed
+from workflow.training import checkpoint, distributed, hardware
 from workflow.training.directory import RunDirectory
 from workflow.training.metrics import (
     InMemoryLogger,
@@ -229,6 +229,8 @@ class Run:
             f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} "
             f"parameters, {16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
+        if hint := hardware.precision_hint(self.trainer.device, settings.precision, parameters):
+            print(hint)
 
     def _check_open(self) -> None:
         self.trainer.check_usable()
