@@ -181,8 +181,8 @@ def export(arguments: Namespace) -> None:
 def bench(arguments: Namespace) -> None:
     """Compare the speed of training and generation with transformers.
 
-    The two models take turns, each in its own process. Run no other program. With
-    --busy, it measures training steps beside a busy program (needs 10 GB of memory).
+    The two models take turns, each in its own process. Run no other program.
+    --busy measures training steps beside a busy program instead (10 GB of memory).
 
     example:
       python main.py bench --profile cpu --only "greedy generation"

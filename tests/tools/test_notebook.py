@@ -14,6 +14,7 @@ import pytest
 from test_layout import CELLS
 
 from conftest import ROOT, popen, python_main, read_losses
+from workflow.tools import notebook
 
 RUN = ("run", "--profile", "ci")
 SKIP_TAG = "skip-execution"
@@ -92,6 +93,9 @@ def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, project,
     assert "20 steps, largest difference of a loss: 0.0" in lines
     assert set(lines) <= set(printed_lines(shown))  # the terminal shows all of it
     assert f"Made:\n  runs/{folder.name}/main.html" in shown
+    sections = re.findall(r"^ +[\d.]+  (.+)$", shown.partition("\nSeconds (")[2], re.MULTILINE)
+    titles = [c.source.split("\n")[0][3:] for c in NOTEBOOK.cells if c.source.startswith("## ")]
+    assert sections == ["Start", *titles]
     assert (folder / "main.html").stat().st_size > 100_000
     checkpoints = {file.name for file in (project / "checkpoints" / folder.name).glob("*.pt")}
     assert checkpoints == {"checkpoint_200.pt", "checkpoint_220.pt"}
@@ -121,6 +125,18 @@ def test_nbconvert_executes_the_full_notebook(project):
     assert {"checkpoint_5000.pt", "checkpoint_5050.pt"} <= checkpoints
     assert len(re.findall(r"Step: \d+00, Train Loss|Step: \d0, Resume Loss", shown)) == 50 + 5
     assert "50 steps, largest difference of a loss: 0.0" in shown
+
+
+def test_a_long_silent_cell_prints_that_it_is_working(here, project, monkeypatch):
+    monkeypatch.setattr(notebook, "SILENT_SECONDS", 1)
+    source = "import time\ntime.sleep(2.5)\nprint('end')\ntime.sleep(1)"
+    title = nbformat.v4.new_markdown_cell("## A long section\n\nWords.")
+    cells = [title, nbformat.v4.new_code_cell(source)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "main.ipynb")
+    code, shown, error = here(*RUN)
+    assert code == 0, error
+    assert "\n--- A long section\nend\n" in shown
+    assert re.match(r"… A long section: working, \d s\n", error)
 
 
 def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(

@@ -15,12 +15,13 @@ def state(finished_run) -> dict:
 
 
 def test_an_earlier_version_is_read_with_the_new_names_of_settings(tmp_path, state):
-    state["config"] = {"train": {"clip_norm": 1.0, "recompute": False, "steps": 20}}
+    train = {"clip_norm": 1.0, "recompute": False, "steps": 20, "validate_every": 7}
+    state["config"] = {"train": train, "profile": "cpu", "run": {"seed": 1, "device": "cpu"}}
     old = state | {"format_version": 2}
     old["digest"] = checkpoint.sha256_of(checkpoint.flatten(old))
     torch.save(old, tmp_path / "checkpoint_7.pt")
-    settings = {"steps": 20, "max_grad_norm": 1.0, "activation_checkpointing": False}
-    assert checkpoint.load(tmp_path / "checkpoint_7.pt")["config"] == {"train": settings}
+    expected = {"train": {"steps": 20, "max_grad_norm": 1.0}, "run": {"seed": 1}}
+    assert checkpoint.load(tmp_path / "checkpoint_7.pt")["config"] == expected
 
 
 @pytest.mark.parametrize("missing", list(checkpoint.CONTENTS))

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import ROOT, Fork, fork_main, options, overrides, popen, read_losses
 from workflow.errors import WorkflowError
 from workflow.files import sha256_of
-from workflow.training import checkpoint
+from workflow.training import checkpoint, distributed
 from workflow.training.step import batch_slice
 
 
@@ -47,6 +48,15 @@ def finish(ranks: list[Fork]) -> str:
 def load(folder: Path) -> dict:
     (file,) = folder.glob("checkpoints/*/checkpoint_20.pt")
     return checkpoint.load(file)
+
+
+def test_each_process_has_its_own_gpu(monkeypatch):
+    device = torch.device("cuda:0")
+    assert distributed.device_of_process(device) == device
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert distributed.device_of_process(device) == torch.device("cuda:1")
+    assert distributed.device_of_process(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_torchrun_with_two_processes_has_the_losses_of_one(tmp_path, reference):

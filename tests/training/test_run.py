@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,10 @@ from workflow.training import (
     open_run,
     resume_run,
     smoke_test,
+    uninterrupted,
 )
 from workflow.training.metrics import StepTrace
+from workflow.training.resume import code_sha256
 
 
 def opened(config, reference) -> Run:
@@ -132,6 +134,23 @@ def interrupt(monkeypatch, step: int) -> None:
         train_step(trainer)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
+
+
+def test_settings_that_change_no_numbers_may_change_in_a_run(config, reference, capsys):
+    trained(opened(config, reference), 10).save_and_close()
+    changes = {
+        "train": {"micro_batch_size": 1, "validate_every": 3, "activation_checkpointing": True},
+        "sample": {"temperature": 0.0, "every": 5},
+        "run": {"device": "auto"},
+    }
+    other = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
+    capsys.readouterr()
+    run = opened(config.model_copy(update=other), reference)
+    printed = capsys.readouterr().out
+    assert run.global_step == 10
+    words = "Note: saved on {'micro_batch_size': None}, now on {'micro_batch_size': 1}: no longer"
+    assert words in printed
+    assert len(rows(trained(run, 20), "loss")) == 20
 
 
 @pytest.mark.parametrize("step", [3, 22])
@@ -282,6 +301,48 @@ def test_the_smoke_test_starts_at_the_loss_of_the_original_and_is_exact(config, 
     assert test.exact
     assert smoke_test(config, reference, corpus).logged == test.logged
     assert not list(config.paths.checkpoints.glob("*smoke-test*"))
+
+
+def test_a_smoke_test_of_other_code_or_with_a_difference_is_repeated(
+    config, reference, monkeypatch, capsys
+):
+    corpus = load_corpus(config, reference.tokenizer.backend_tokenizer, reference.end_of_text)
+    train = uninterrupted.train_uninterrupted
+    with monkeypatch.context() as patch:
+        wrong = {"weights_sha256": "wrong"}
+        patch.setattr(uninterrupted, "train_uninterrupted", lambda *a: replace(train(*a), **wrong))
+        assert not smoke_test(config, reference, corpus).exact
+    assert smoke_test(config, reference, corpus).exact  # the wrong result was not kept
+    (file,) = config.paths.runs.glob("*/smoke_test.json")
+    file.write_text(file.read_text().replace(code_sha256(), "other"))
+    capsys.readouterr()
+    assert smoke_test(config, reference, corpus).exact
+    assert "it was of other code, and is repeated" in capsys.readouterr().out
+    assert smoke_test(config, reference, corpus).exact
+    assert "read from its log" in capsys.readouterr().out
+
+
+def test_records_name_the_code_that_made_them(config, reference, capsys):
+    run = trained(opened(config, reference), 20)
+    run.save()
+    assert run.trace(1).origin == continue_uninterrupted(run, 25).origin == "recorded by this code"
+    for file in (run.folder / "metrics.jsonl", run.folder / "uninterrupted.json"):
+        file.write_text(file.read_text().replace(code_sha256(), "other"))
+    capsys.readouterr()
+    run = trained(opened(config, reference), 20)
+    fresh = "recorded by other code (FRESH=1 make run trains a new run)"
+    assert f"already at step 20; replaying the log, {fresh}:" in capsys.readouterr().out
+    assert run.trace(1).origin == continue_uninterrupted(run, 25).origin == fresh
+
+
+def test_comments_and_docstrings_are_not_part_of_the_code(tmp_path):
+    file, code = tmp_path / "code.py", 'def f(x):\n    """A."""\n    return "B"\n'
+    hashes = []
+    for text in (code, code.replace("A", "C") + "# D\n", code.replace("B", "C")):
+        file.write_text(text)
+        code_sha256.cache_clear()
+        hashes.append(code_sha256(str(file)))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_a_run_trains_in_another_thread(config, reference):

@@ -23,6 +23,14 @@ RENAMED_KEYS = {
     "text": "fallback_text",
     "wikitext": "wikitext_file",
 }
+# These do not change the numbers of a run: they may change between start and resume.
+TABLES_NOT_OF_RUN = ("paths", "models", "reference", "proof", "mutations", "smoke_test")
+TABLES_NOT_OF_RUN += ("evaluation", "sample", "profile")
+KEYS_NOT_OF_RUN = {
+    "run": {"name", "device"},
+    "train": {"model", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"},
+}
+KEYS_NOT_OF_RUN["train"] |= {"micro_batch_size", "activation_checkpointing", "compile"}
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
 ModelConfig.__pydantic_config__ = STRICT  # pydantic also validates ModelConfig
 
@@ -225,13 +233,10 @@ class Config(Section):
         return torch.device(default if self.run.device == "auto" else self.run.device)
 
     def settings_of_run(self) -> dict[str, Any]:
-        """The settings that change the numbers in a run's log, as plain values."""
-        tables = ("paths", "models", "reference", "proof", "mutations", "smoke_test", "evaluation")
-        exclude = dict.fromkeys(tables, True) | {  # data and weights count through their hashes
-            "data": {"source", "dataset", "name", "revision", "column", "fallback_text"},
-            "run": {"name"},
-            "train": {"model", "log_every", "keep_checkpoints"},
-        }
+        """The settings that change the numbers of a run, by more than rounding, as plain values."""
+        # data and weights count through their hashes
+        data = {"source", "dataset", "name", "revision", "column", "fallback_text"}
+        exclude = dict.fromkeys(TABLES_NOT_OF_RUN, True) | KEYS_NOT_OF_RUN | {"data": data}
         plain = self.model_dump(mode="json", exclude=exclude)
         row = self.models[self.train_model].model_dump(mode="json")
         return plain | {"architecture": row["architecture"]}

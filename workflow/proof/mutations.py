@@ -30,7 +30,9 @@ from workflow.proof.checks import config_and_weight_checks, forward_pass_checks,
 from workflow.reference import Reference
 from workflow.training import NextTokenLoss, make_optimizer
 from workflow.training.hardware import describe_device
+from workflow.training.resume import code_sha256
 
+CODE = "workflow/proof/mutations.py"
 BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "no mutation", "random head", "targets shifted twice"
 
 
@@ -211,6 +213,7 @@ def train_mutation(
 
 def save_curves(curves: list[LossCurve], file: Path, provenance: dict) -> None:
     content = provenance | {
+        "code": code_sha256(CODE),
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}",
         "curves": [asdict(curve) for curve in curves],
@@ -226,7 +229,9 @@ def load_curves(file: Path, provenance: dict) -> list[LossCurve]:
         return []
     # by position, because earlier versions called the last value `after`
     curves = [LossCurve(*curve.values()) for curve in content["curves"]]
-    print(f"Curves read from {file}: {len(curves[0].losses)} steps each, of {content['date']}")
+    other = "" if content.get("code") == code_sha256(CODE) else ", recorded by other code"
+    steps = len(curves[0].losses)
+    print(f"Curves read from {file}: {steps} steps each, of {content['date']}{other}")
     return curves
 
 

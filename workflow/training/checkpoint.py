@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from workflow.config.settings import RENAMED_KEYS
+from workflow.config.settings import KEYS_NOT_OF_RUN, RENAMED_KEYS, TABLES_NOT_OF_RUN
 from workflow.errors import CheckpointError, DamagedError, ForeignError, NonFiniteError
 from workflow.files import atomic_write, sha256_of
 
@@ -115,6 +115,11 @@ def _load(path: Path) -> dict[str, Any]:
     settings = state["config"].get("train", {})
     for old in settings.keys() & RENAMED_KEYS:
         settings[RENAMED_KEYS[old]] = settings.pop(old)
+    for table in TABLES_NOT_OF_RUN:  # older releases compared these, too
+        state["config"].pop(table, None)
+    for table, keys in KEYS_NOT_OF_RUN.items():
+        for key in keys & state["config"].get(table, {}).keys():
+            del state["config"][table][key]
     return state
 
 

@@ -29,6 +29,13 @@ def is_main_process() -> bool:
     return rank() == 0
 
 
+def device_of_process(device: torch.device) -> torch.device:
+    """The device of this process: with several processes, each has its own GPU."""
+    if device.type == "cuda" and world_size() > 1:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
 def start(supported: bool) -> None:
     """Connects the processes of `torchrun`, if any. Only the main process prints from then on.
 

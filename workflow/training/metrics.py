@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError
 from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
+from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
 # TensorBoard's names of values; the other values have the same name there
@@ -33,6 +34,14 @@ class StepTrace:
     first_step: int
     losses: tuple[float, ...]
     weights_sha256: str
+    code: str | None = field(default=None, compare=False)  # hash of what computed all the steps
+
+    @property
+    def origin(self) -> str:
+        """Whether the steps show what the code of now does."""
+        if self.code == code_sha256():
+            return "recorded by this code"
+        return "recorded by other code (FRESH=1 make run trains a new run)"
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -49,7 +58,7 @@ class InMemoryLogger:
     - loss (nats per token, before the update), learning_rate, gradient_norm (before clipping),
       tokens_per_second, and flops_utilisation (fraction of a GPU's bf16 peak, if known); or
     - validation_loss (nats per token); or prompt and sample (the generated text); or
-    - began (time, UTC) and commit (of the code): the next steps were trained by a new process.
+    - began (time, UTC), commit and code (its hash): a new process trained the next steps.
     """
 
     def __init__(self):
@@ -103,7 +112,8 @@ class MetricsLogger(InMemoryLogger):
     def log(self, row: dict[str, Any]) -> None:
         if self._start_time and "loss" in row:  # the first step that this process trains
             began, self._start_time = self._start_time, None
-            self.log({"step": row["step"] - 1, "began": began, "commit": git_commit()})
+            code = {"commit": git_commit(), "code": code_sha256()}
+            self.log({"step": row["step"] - 1, "began": began, **code})
         super().log(row)
         with disk_errors(self.folder, FOLDER_KEY):
             self._file.write((json.dumps(row) + "\n").encode())
@@ -203,11 +213,8 @@ def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) 
     return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
 
 
-def replay_log(
-    rows: Iterable[Mapping[str, Any]], settings: TrainSettings, resumed_at: int, step: int
-) -> None:
+def replay_log(rows: Iterable[Mapping[str, Any]], settings: TrainSettings, resumed_at: int) -> None:
     """Prints logged rows in the same form as training does."""
-    print(f"already at step {step}; replaying the log:")
     for row in rows:
         if "sample" in row:
             print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")

@@ -1,9 +1,12 @@
 """Exact resume: compares a checkpoint with the current run, then loads it into a new trainer."""
 
+import ast
+import hashlib
 import platform
 import random
 import re
 from collections.abc import Collection, Mapping
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from SmolLm3 import LlamaModel, ModelConfig, hf_name, hf_state_dict, load_hf_weights
+from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError, ConfigError, ForeignError
 from workflow.training import checkpoint, distributed
 
@@ -52,7 +56,25 @@ def restore_random_states(states: State) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def environment(device: torch.device) -> State:
+@cache
+def code_sha256(*more: str) -> str:
+    """The hash of the code that computes a run's numbers, without comments and docstrings.
+
+    It is that of `SmolLm3.py`, the folders of training and data, and `more` files.
+    """
+    root, digest = Path(__file__).parents[2], hashlib.sha256()
+    folders = (root / "workflow" / name for name in ("data", "training"))
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    for file in (root / "SmolLm3.py", *files, *(root / name for name in more)):
+        tree = ast.parse(file.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()
+
+
+def environment(device: torch.device, settings: TrainSettings) -> State:
     """What must be equal for a bit-exact resume."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
@@ -61,6 +83,9 @@ def environment(device: torch.device) -> State:
         "device": name,
         "threads": torch.get_num_threads(),
         "processes": distributed.world_size(),
+        "micro_batch_size": settings.micro_batch_size,
+        "compile": settings.compile,
+        "code": code_sha256()[:12],
     }
 
 

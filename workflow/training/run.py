@@ -88,7 +88,8 @@ class Run:
         settings, done = self.config.train, self.global_step
         if done > max_steps or (done == max_steps and not self._validation_due(max_steps)):
             rows = (r for r in self.logger.rows if self.resumed_at < r["step"] <= max_steps)
-            replay_log(rows, settings, self.resumed_at, done)
+            print(f"already at step {done}; replaying the log, {self.trace(1).origin}:")
+            replay_log(rows, settings, self.resumed_at)
             return
         self._check_open()
         self._print_plan(max_steps)
@@ -141,8 +142,9 @@ class Run:
             if not self.directory.locked or not self.global_step or checkpoint.is_valid(path):
                 return
             self.logger.flush()
-            here = {"reference": self.provenance, "environment": environment(self.trainer.device)}
-            state = self._expected_parts() | here | self.trainer.state_dict()
+            here = environment(self.trainer.device, settings)
+            about = {"reference": self.provenance, "environment": here}
+            state = self._expected_parts() | about | self.trainer.state_dict()
             milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
             self.directory.save(state, settings.keep_checkpoints, milestones)
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
@@ -160,9 +162,12 @@ class Run:
 
     def trace(self, first_step: int) -> StepTrace:
         """The logged losses from `first_step` on, and the hash of the current weights."""
-        rows = [row for row in self.history if "loss" in row and row["step"] >= first_step]
-        losses = tuple(row["loss"] for row in rows)
-        return StepTrace(first_step, losses, self.trainer.weights_sha256())
+        rows = [row for row in self.history if row["step"] >= first_step]
+        losses = tuple(row["loss"] for row in rows if "loss" in row)
+        before = [row for row in self.history if "began" in row and row["step"] < first_step]
+        codes = {row.get("code") for row in before[-1:] + rows if "began" in row}
+        code = codes.pop() if len(codes) == 1 else None
+        return StepTrace(first_step, losses, self.trainer.weights_sha256(), code)
 
     def _expected_parts(self) -> dict[str, Any]:
         """The parts of a checkpoint that must equal those of this run."""
@@ -177,9 +182,12 @@ class Run:
 
     def _load(self, path: Path, state: dict[str, Any], allowed: Collection[str]) -> None:
         self.trainer.load_state_dict(state, path, self._expected_parts(), allowed)
-        before, here = state["environment"], environment(self.trainer.device)
-        if before != here:
-            print(f"Note: saved on {before}, now on {here}: no longer bit-exact")
+        saved = state["environment"]
+        here = environment(self.trainer.device, self.config.train)
+        changed = {key: value for key, value in here.items() if saved.get(key) != value}
+        if changed:
+            before = {key: saved.get(key) for key in changed}
+            print(f"Note: saved on {before}, now on {changed}: no longer bit-exact")
 
     def _open_logger(self) -> MetricsLogger:
         provenance = self.provenance | self.corpus.fingerprint

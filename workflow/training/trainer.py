@@ -18,7 +18,7 @@ from workflow.errors import CheckpointError, NonFiniteError
 from workflow.files import weights_sha256
 from workflow.training import distributed, hardware, resume
 from workflow.training.metrics import StepTrace
-from workflow.training.resume import Names, State
+from workflow.training.resume import Names, State, code_sha256
 from workflow.training.step import TrainStep, eval_mode
 
 
@@ -30,7 +30,8 @@ class Trainer:
     """
 
     def __init__(self, config: Config, corpus: Corpus):
-        self.config, self.corpus, self.device = config, corpus, config.device
+        self.config, self.corpus = config, corpus
+        self.device = distributed.device_of_process(config.device)
         hardware.prepare_device(self.device)
         resume.seed_random_states(config.run.seed)
         self.model = LlamaModel(config.train_architecture).to(self.device)
@@ -103,7 +104,7 @@ class Trainer:
     def trace(self, first_step: int) -> StepTrace:
         """The losses from `first_step` on, and the hash of the current weights."""
         losses = (self.losses[step] for step in range(first_step, self.global_step + 1))
-        return StepTrace(first_step, tuple(losses), self.weights_sha256())
+        return StepTrace(first_step, tuple(losses), self.weights_sha256(), code_sha256())
 
     def free(self) -> None:
         """Frees the memory of weights, gradients and moments."""

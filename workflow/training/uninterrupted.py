@@ -10,6 +10,7 @@ from workflow.data import Corpus, batch_at
 from workflow.errors import CheckpointError
 from workflow.training.metrics import StepTrace
 from workflow.training.open import open_run, resume_run, run_name
+from workflow.training.resume import code_sha256
 from workflow.training.run import UNINTERRUPTED_FILE, Run
 from workflow.training.signals import deferred_signals
 
@@ -61,18 +62,23 @@ class SmokeTest:
 
 
 def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
-    """Trains, stops and resumes for a few steps. The second time, the result is read from files.
+    """Trains, stops and resumes for a few steps. With the same code, the result is read from files.
 
-    The checkpoints, 1.6 GB each for the 135M model, are deleted if the resume was exact.
+    A result that is not exact is not kept. Nor are the checkpoints, 1.6 GB each for the 135M model.
     """
     config = config.for_smoke_test()
     corpus.check_length(config.train.sequence_length)
     stop, end = config.train.steps, config.last_step
     name = run_name(config, reference, corpus)
-    folder = config.paths.runs / name
-    if (logged := folder / "smoke_test.json").is_file():
+    folder, checkpoints = config.paths.runs / name, config.paths.checkpoints / name
+    logged = folder / "smoke_test.json"
+    if logged.is_file() and StepTrace.read(logged).code == code_sha256():
         print(f"Smoke test {name}: read from its log")
     else:
+        if logged.is_file():
+            print(f"Smoke test {name}: it was of other code, and is repeated")
+            logged.unlink()
+            shutil.rmtree(checkpoints, ignore_errors=True)
         run = open_run(config, reference, corpus)
         list(run.train(stop))
         run.save()
@@ -84,6 +90,7 @@ def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
     size = config.train.batch_size, config.train.sequence_length
     batches = [batch_at(corpus.train, step, *size, config.run.seed) for step in range(end)]
     result = SmokeTest(batches, *map(StepTrace.read, (folder / UNINTERRUPTED_FILE, logged)))
-    if result.exact:
-        shutil.rmtree(config.paths.checkpoints / name, ignore_errors=True)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    if not result.exact:
+        logged.unlink()
     return result
