@@ -115,6 +115,7 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
         (2, ["generate", ""], "the prompt is empty, give at least one token; change the prompt"),
         (2, ["generate", "x", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
         (2, ["generate", "x", "--tokens", "600"], "do not fit: the context is 512, the prompt 1"),
+        (2, ["generate", "x", "--bf16", "--tokens", "-1"], "-1 new tokens do not fit: the context"),
         (2, ["generate", "x\udced"], "character 1 of the prompt is half a character"),
     ],
 )
