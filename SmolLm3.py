@@ -363,7 +363,7 @@ class LlamaAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, K, S, D)
-        causal = T > 1 and visible is None  # one new token sees all; T first, to be traced
+        causal = T > 1 and visible is None  # one new token sees all; torch.export needs T first
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True
         )

@@ -126,6 +126,12 @@ def test_bad_input_is_one_line_and_a_code(refused, project, code, arguments, wor
     assert checkpoints(project) == {}
 
 
+def test_no_command_starts_if_assert_is_off(command):
+    result = command("verify", PYTHONOPTIMIZE="1")
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: python: assert is off, so claims would not be checked;")
+
+
 def test_an_error_of_the_process_is_one_line_and_debug_shows_the_traceback(command, here):
     wrong = ("--set", "train.stepz=1")
     result = command("train", *wrong)
