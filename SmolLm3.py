@@ -78,8 +78,7 @@ class ModelConfig:
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None and C % H:
             raise ValueError(f"hidden_size {C} is not divisible by num_attention_heads {H}")
-        if self.head_dim is None:
-            object.__setattr__(self, "head_dim", C // H)
+        object.__setattr__(self, "head_dim", self.head_dim or C // H)
         if H % K:
             raise ValueError(f"num_attention_heads {H} is not divisible by num_key_value_heads {K}")
         if self.head_dim % 2:
@@ -129,14 +128,12 @@ class LlamaModel(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers)
-        )
+        indices = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in indices)
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryPositionalEmbedding(
-            config.head_dim, config.rope_theta, config.rope_scaling
-        )
+        theta, scaling = config.rope_theta, config.rope_scaling
+        self.rotary = RotaryPositionalEmbedding(config.head_dim, theta, scaling)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         for parameter in self.parameters():
@@ -215,14 +212,14 @@ class LlamaModel(nn.Module):
 
         temperature: 0 always takes the most likely token; above 0, tokens are sampled: see
             `token_probabilities` for this and for top_k, top_p and min_p.
-        mask: (B, T) booleans, False for padding, which must be on the left; not with a cache.
+        mask: (B, S) booleans, False for padding, which must be on the left.
         cache: keys and values of earlier tokens, with room for T + max_new_tokens more.
         generator: for sampling; by default torch's global one.
         stop_ids: a row that has reached one repeats it; once all rows have, the stream ends.
         Raises ValueError for a prompt, a mask or a number that does not fit, and names it.
         """
         B, T = input_ids.shape
-        self._check_prompt(input_ids, max_new_tokens, mask)
+        self._check_prompt(input_ids, max_new_tokens, mask, cache)
         check_sampling(temperature, top_k, top_p, min_p)
         cache = cache or KVCache(self.config, B, T + max_new_tokens, like=self.norm.weight)
         stops = torch.tensor(stop_ids, device=input_ids.device, dtype=input_ids.dtype)
@@ -243,19 +240,22 @@ class LlamaModel(nn.Module):
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=True)
 
-    def _check_prompt(self, input_ids: Tensor, max_new_tokens: int, mask: Tensor | None) -> None:
-        T, context = input_ids.shape[1], self.config.max_position_embeddings
+    def _check_prompt(
+        self, input_ids: Tensor, max_new_tokens: int, mask: Tensor | None, cache: KVCache | None
+    ) -> None:
+        (B, T), context = input_ids.shape, self.config.max_position_embeddings
+        start, room = (cache.length, cache.max_length) if cache else (0, context)
         if input_ids.numel() == 0:
             raise ValueError("the prompt is empty, give at least one token")
         low, high, last = input_ids.min(), input_ids.max(), self.config.vocab_size - 1
         if low < 0 or high > last:
             raise ValueError(f"token ids go from {low} to {high}, the vocabulary from 0 to {last}")
-        if not 0 <= max_new_tokens <= context - T:
+        if not 0 <= max_new_tokens <= min(context, room) - start - T:
             sizes = f"the context is {context}, the prompt {T}"
+            sizes += f", the cache has {start} of {room} positions" if cache else ""
             raise ValueError(f"{max_new_tokens} new tokens do not fit: {sizes}")
-        if mask is not None and mask.shape != input_ids.shape:
-            shapes = f"mask {tuple(mask.shape)} does not fit prompt {tuple(input_ids.shape)}"
-            raise ValueError(shapes)
+        if mask is not None and mask.shape != (B, start + T):
+            raise ValueError(f"the mask must be {(B, start + T)}, not {tuple(mask.shape)}")
         if mask is not None and not (mask[:, -1].all() and (mask[:, :-1] <= mask[:, 1:]).all()):
             raise ValueError("the mask hides a later token: padding must be on the left")
 
@@ -363,7 +363,7 @@ class LlamaAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, K, S, D)
-        causal = visible is None and T > 1  # a single new token sees all S positions
+        causal = T > 1 and visible is None  # one new token sees all; torch.export needs T first
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=visible, is_causal=causal, enable_gqa=True
         )
@@ -449,11 +449,13 @@ class KVCache:
         K, D = config.num_key_value_heads, config.head_dim
         shape = (config.num_hidden_layers, batch_size, K, max_length, D)
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
+        self.length, self.max_length = 0, max_length
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k and v (B, K, T, D) of one layer; returns all so far, (B, K, S, D)."""
         end = self.length + k.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"{end} positions do not fit: the cache has {self.max_length}")
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]

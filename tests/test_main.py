@@ -115,6 +115,7 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
         (2, ["generate", ""], "the prompt is empty, give at least one token; change the prompt"),
         (2, ["generate", "x", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
         (2, ["generate", "x", "--tokens", "600"], "do not fit: the context is 512, the prompt 1"),
+        (2, ["generate", "x", "--bf16", "--tokens", "-1"], "-1 new tokens do not fit: the context"),
         (2, ["generate", "x\udced"], "character 1 of the prompt is half a character"),
     ],
 )
@@ -123,6 +124,12 @@ def test_bad_input_is_one_line_and_a_code(refused, project, code, arguments, wor
     (project / "runs").mkdir()
     assert words in refused(code, *arguments)
     assert checkpoints(project) == {}
+
+
+def test_no_command_starts_if_assert_is_off(command):
+    result = command("verify", PYTHONOPTIMIZE="1")
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: python: assert is off, so claims would not be checked;")
 
 
 def test_an_error_of_the_process_is_one_line_and_debug_shows_the_traceback(command, here):

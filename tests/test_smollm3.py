@@ -58,6 +58,56 @@ def test_cached_logits_equal_uncached_ones_in_any_split():
         torch.testing.assert_close(torch.cat(pieces, dim=1), ours(tokens), rtol=0, atol=1e-5)
 
 
+def test_a_full_cache_is_refused_and_stays_as_it_was():
+    ours, _ = pair()
+    cache = KVCache(ours.config, 2, 8, like=ours.embed_tokens.weight)
+    ours(ids(2, 8), cache=cache)
+    with pytest.raises(ValueError, match="9 positions do not fit: the cache has 8"):
+        ours(ids(2, 1), cache=cache)
+    assert cache.length == 8
+
+
+def test_generation_continues_a_padded_cache_as_if_it_were_one_prompt():
+    ours, _ = pair()
+    prompt, mask = ids(2, 12), torch.arange(12) >= torch.tensor([[0], [3]])
+    cache = KVCache(ours.config, 2, 22, like=ours.embed_tokens.weight)
+    ours(prompt[:, :7], mask=mask[:, :7], cache=cache)
+    continued = ours.generate(prompt[:, 7:], 10, mask=mask, cache=cache)
+    assert torch.equal(continued[:, 5:], ours.generate(prompt, 10, mask=mask)[:, 12:])
+
+
+@pytest.mark.parametrize(
+    ("length", "room", "mask", "words"),
+    [
+        (20, 25, None, "3 new tokens do not fit: .*, the cache has 20 of 25 positions"),
+        (507, 600, None, "3 new tokens do not fit: the context is 512, the prompt 3, the cache"),
+        (2, 512, [True] * 3, r"the mask must be \(1, 5\), not \(1, 3\)"),
+    ],
+)
+def test_generation_counts_what_is_in_the_cache(length, room, mask, words):
+    cache = KVCache(TINY, 1, room, like=torch.zeros(1))
+    cache.length = length
+    with pytest.raises(ValueError, match=words):
+        LlamaModel(TINY).generate(ids(1, 3), 3, mask=mask and torch.tensor([mask]), cache=cache)
+
+
+def test_an_exported_model_has_the_same_logits_at_any_length():
+    ours, _ = pair()
+    length = torch.export.Dim("T", min=2, max=512)
+    exported = torch.export.export(ours, (ids(2, 9),), dynamic_shapes=({1: length},)).module()
+    with torch.no_grad():
+        for T in (2, 9, 40):
+            assert torch.equal(exported(ids(2, T)), ours(ids(2, T)))
+
+
+def test_a_compiled_model_is_one_graph_with_the_same_logits():
+    ours, _ = pair()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for T in (9, 40):
+            assert torch.equal(compiled(ids(2, T)), ours(ids(2, T)))
+
+
 def test_a_row_repeats_its_stop_token_and_the_stream_ends_with_the_last_row():
     ours, _ = pair()
     prompt = ids(2, 8)
@@ -78,7 +128,7 @@ def test_a_row_repeats_its_stop_token_and_the_stream_ends_with_the_last_row():
         ([1] * 503, None, "10 new tokens do not fit: the context is 512, the prompt 503"),
         ([1, 1, 1], [True, True, False], "padding must be on the left"),
         ([1, 1, 1], [True, False, True], "padding must be on the left"),
-        ([1, 1, 1], [True, True], r"mask \(1, 2\) does not fit prompt \(1, 3\)"),
+        ([1, 1, 1], [True, True], r"the mask must be \(1, 3\), not \(1, 2\)"),
     ],
 )
 def test_generation_refuses_what_it_cannot_do(prompt, mask, words):

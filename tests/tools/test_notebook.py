@@ -159,6 +159,27 @@ def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(
     assert error.splitlines()[-1] == f"error: main.ipynb: ConfigError: {command_error}; {where}"
 
 
+@pytest.mark.parametrize(
+    ("source", "claim"),
+    [
+        ("%precision 3\nx = 2\nassert x == 3  # no", "x == 3"),
+        ("if x:\n    assert (\n        x\n        == 3\n    ), f'it is {x}'", "x == 3, it is 1"),
+    ],
+)
+def test_a_failed_claim_is_named_in_one_line(here, project, source, claim):
+    write_cells(project, "x = 1\nassert x == 1", source)
+    code, _, error = here(*RUN)
+    line = f"error: main.ipynb: the claim failed: {claim}; read the output so far in "
+    assert code == 1 and error.splitlines()[-1].startswith(line)
+
+
+def test_a_kernel_in_which_assert_is_off_is_refused(here, project, monkeypatch):
+    write_cells(project, "from workflow.config import load_config\nload_config()\nassert False")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    code, _, error = here(*RUN)
+    assert code == 2 and "WorkflowError: python: assert is off, so " in error.splitlines()[-1]
+
+
 def test_without_main_ipynb_the_error_is_one_line(refused, project):
     (project / "main.ipynb").unlink()
     assert refused(2, "run").startswith("error: main.ipynb: there is no such file; ")

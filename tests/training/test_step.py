@@ -43,6 +43,13 @@ def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model, shape):
     torch.testing.assert_close(gradient, model.embed_tokens.weight.grad)
 
 
+def test_a_parameter_without_a_gradient_is_named(model, config):
+    step = TrainStep(model, config.train, torch.device("cpu"))
+    model.norm.weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"no gradient reaches norm\.weight"):
+        step(0, *torch.randint(257, (2, 2, 8)))
+
+
 def test_a_step_equals_clipping_and_then_adamw(model, config):
     settings = config.train.model_copy(update={"max_grad_norm": 0.1, "compile": False})
     plain = copy.deepcopy(model)

@@ -31,8 +31,11 @@ def load_config(
     """Reads `path`, then applies the profile, SMOLLM_SET, and `overrides` ("section.key=value").
 
     Raises ConfigError with the file, the key, the value and what was expected. For an unknown key
-    it suggests the most similar one. Raises WorkflowError if torch is too old.
+    it suggests the most similar one. Raises WorkflowError if torch is too old or assert is off.
     """
+    if not __debug__:
+        fix = "unset PYTHONOPTIMIZE, and run python without -O"
+        raise WorkflowError("python", "assert is off, so claims would not be checked", fix)
     if TorchVersion(torch.__version__) < (2, 10):
         what = "before 2.10, torch.load can run code from a file (CVE-2026-24747)"
         raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")

@@ -1,5 +1,6 @@
 """Executes main.ipynb in a Jupyter kernel and shows its output live."""
 
+import ast
 import asyncio
 import os
 import re
@@ -49,7 +50,7 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
             print("Stopped; the same command continues", file=sys.stderr)
             sys.exit(128 + client.stopped_by)
         write_notebook(notebook, RUNS / "failed")
-        raise one_line_error(error) from None
+        raise one_line_error(error, client.cell) from None
     folder = run_folder(notebook)
     write_notebook(notebook, folder / NOTEBOOK.stem)
     if in_place:
@@ -67,6 +68,7 @@ class LiveClient(NotebookClient):
     """Prints what the kernel prints, and sends it the signals that this process gets."""
 
     stopped_by = 0  # number of the last signal
+    cell: NotebookNode | None = None  # the newest one
     section = "Start"  # the title of the section whose cells are executed
 
     def __init__(self, *arguments, **options):
@@ -97,6 +99,7 @@ class LiveClient(NotebookClient):
     async def async_execute_cell(self, cell, *arguments, **options):
         if self.stopped_by:  # between two cells, the kernel ignores an interrupt
             raise DeadKernelError("stopped between two cells")
+        self.cell = cell
         if title := re.match(r"## (.+)", cell.source):
             self.section = title[1]
             print(f"\n--- {self.section}")
@@ -117,13 +120,28 @@ class LiveClient(NotebookClient):
             self.stopping = asyncio.ensure_future(self.km.signal_kernel(number))
 
 
-def one_line_error(error: Exception) -> WorkflowError:
+def one_line_error(error: Exception, cell: NotebookNode | None) -> WorkflowError:
     """The error of a cell or of a dead kernel; exit code: of a WorkflowError, otherwise 1."""
     name, what = getattr(error, "ename", ""), getattr(error, "evalue", error)
+    if name == "AssertionError" and (claim := failed_claim(cell.source, str(error))):
+        name, what = "the claim failed", f"{claim}, {what}".removesuffix(", ")
     fix = f"read the output so far in {RUNS / 'failed.ipynb'}"
     result = WorkflowError(NOTEBOOK, f"{name}: {what}".removeprefix(": "), fix)
     result.exit_code = getattr(getattr(errors, name, None), "exit_code", 1)
     return result
+
+
+def failed_claim(source: str, traceback: str) -> str:
+    """The condition of the assert that failed in a cell, or "" if it failed elsewhere."""
+    from IPython.core.inputtransformer2 import TransformerManager  # only needed here
+    from nbconvert.filters import strip_ansi
+
+    arrow = re.search(r"^-+> *(\d+) ", strip_ansi(traceback), re.MULTILINE)
+    line = int(arrow[1]) if arrow else 0
+    for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
+        if isinstance(node, ast.Assert) and node.lineno <= line <= node.end_lineno:
+            return ast.unparse(node.test)
+    return ""
 
 
 def run_folder(notebook: NotebookNode) -> Path:

@@ -138,7 +138,8 @@ class TrainStep:
         loss = self._backward(inputs, targets)
         named = list(self.loss_module.model.named_parameters())
         missing = [name for name, parameter in named if parameter.grad is None]
-        assert not missing, f"no gradient reaches {', '.join(missing)}"
+        if missing:
+            raise RuntimeError(f"no gradient reaches {', '.join(missing)}")
         norm = gradient_norm([p.grad for _, p in named])
         # fused AdamW divides the gradients by this: clipping in the same pass over memory
         self.optimizer.grad_scale = (norm / self.settings.max_grad_norm).clamp(min=1)
