@@ -213,7 +213,7 @@ def test_a_signal_reaches_the_kernel_which_saves_and_the_next_run_continues(here
             rest, errors = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert re.search(r"^Saved checkpoint_\d+\.pt$", rest, re.MULTILINE)
-        assert errors == STOPPED
+        assert re.sub(r"^….*\n", "", errors, flags=re.MULTILINE) == STOPPED  # a busy machine
         assert running(project) == []
     code, _, error = here(*RUN)
     assert code == 0, error
@@ -236,7 +236,7 @@ for _ in range(3):
             process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors == STOPPED
+    assert re.sub(r"^….*\n", "", errors, flags=re.MULTILINE) == STOPPED  # a busy machine
     assert running(project) == []
 
 
