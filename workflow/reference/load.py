@@ -120,8 +120,7 @@ def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     stored = read_weights(folder, config)
     options = {"config": hf, "dtype": torch.float32, "local_files_only": True}
-    with readable(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     check_equal(model, stored, folder)
     return model, tokenizer, config
 
