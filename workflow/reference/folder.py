@@ -97,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
     if single.exists():
         return [single]
     if index.exists():
-        shards = read_json(index).get("weight_map")
+        shards = read_json(index).get("weight_map", {})
         with readable(index):
             return [folder / shard for shard in sorted(set(shards.values()))]
     what, fix = "there is no model.safetensors in this folder", "name a Hugging Face model folder"
