@@ -19,6 +19,7 @@ from SmolLm3 import ALLOWED_HF_VALUES, SCALING, LlamaModel, ModelConfig, load_hf
 from workflow.errors import SourceError
 
 LFS_POINTER = b"version https://git-lfs"
+FIX = "get the files again, or choose another source"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Keys of a config that have no effect, or that `ModelConfig.from_hf` checks
 KNOWN_KEYS = {*ALLOWED_HF_VALUES, *SCALING, "head_dim", "layer_types", "rope_theta", "rope_scaling"}
@@ -109,33 +110,39 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder in float32, under Hugging Face's names, without a tied head.
+    """The tensors in the files of a folder, in float32; a head that equals the embedding only once.
 
-    Raises SourceError, with the first names, unless they are exactly those of `LlamaModel(config)`
-    and all values are finite. A tied head in the file must equal the embedding.
+    Raises SourceError for a file that cannot be read, and for a tensor of an unknown dtype.
     """
     tensors, problems = {}, []
     for file in weight_files(folder):
         with readable(file), safe_open(file, "pt") as shard:
             found = {name: shard.get_tensor(name) for name in shard.keys()}
         problems += [f"{name} is in two shards" for name in found.keys() & tensors.keys()]
+        problems += [f"{k} has dtype {v.dtype}" for k, v in found.items() if v.dtype not in DTYPES]
         tensors |= found
-    for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            problems.append(f"{name} has dtype {tensor.dtype}")
-        elif not tensor.sum(dtype=torch.float32).isfinite():  # ten times as fast as all values
-            problems.append(f"{name} has NaN or infinite values")
+    refuse(problems, folder, FIX)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    if config.tie_word_embeddings and (head := tensors.get("lm_head.weight")) is not None:
+        if torch.equal(head, tensors.get("model.embed_tokens.weight", torch.empty(0))):
+            del tensors["lm_head.weight"]
+    return tensors
+
+
+def check_weights(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
+    """Raises SourceError, with the first names, if they are not finite, or not `LlamaModel`'s."""
+    problems = [
+        f"{name} has NaN or infinite values"
+        for name, tensor in tensors.items()
+        if not tensor.sum().isfinite()  # ten times as fast as looking at each value
+    ]
     with torch.device("meta"):
         model = LlamaModel(config)
     try:
         load_hf_weights(model, tensors)  # copies nothing to the device `meta`
     except ValueError as error:
         problems += str(error).partition(": ")[2].split("; ")
-    refuse(problems, folder, "get the files again, or choose another source")
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return tensors
+    refuse(problems, folder, FIX)
 
 
 def unequal_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

@@ -19,7 +19,13 @@ from SmolLm3 import ModelConfig
 from workflow.config.settings import ModelEntry
 from workflow.errors import ConfigError, SourceError
 from workflow.files import DAY, disk_error, disk_errors, remove_temporary_files, weights_sha256
-from workflow.reference.folder import check_config, check_equal, read_weights, readable
+from workflow.reference.folder import (
+    check_config,
+    check_equal,
+    check_weights,
+    read_weights,
+    readable,
+)
 from workflow.reference.gguf_file import read_gguf
 from workflow.reference.hub import matching_files, snapshot
 
@@ -119,6 +125,7 @@ def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module
         # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     stored = read_weights(folder, config)
+    check_weights(stored, config, folder)
     options = {"config": hf, "dtype": torch.float32, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     check_equal(model, stored, folder)
