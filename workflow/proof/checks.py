@@ -21,9 +21,9 @@ from workflow.analysis import states
 from workflow.analysis.states import max_difference
 from workflow.config import ProofSettings
 from workflow.proof.bounds import Check, max_check, summary
-from workflow.proof.external import external_checks, unequal_tensors
+from workflow.proof.external import external_checks
 from workflow.proof.prompts import LONG_PROMPT, PROMPTS
-from workflow.reference import Reference, compare_configs, export
+from workflow.reference import Reference, compare_configs, export, unequal_tensors
 from workflow.training import NextTokenLoss, hardware
 
 
@@ -81,14 +81,14 @@ def run_checks(
 
 
 def config_and_weight_checks(model: LlamaModel, reference: Reference) -> Iterator[Check]:
-    """Architecture, then names, number and values of the tensors."""
+    """Architecture, then names, number and values of the tensors, which are read from the file."""
     source = ModelConfig.from_hf(reference.model.config)
     rows = compare_configs(reference.entry.architecture, source)
     rows += [row for row in compare_configs(model.config, source) if not row[-1]]
     unequal = [f"{key} {mine} is not {theirs}" for key, mine, theirs, same in rows if not same]
     detail = ", ".join(unequal or [f"{key} {mine} = {theirs}" for key, mine, theirs, _ in rows])
     yield Check("config matches the source", len(unequal), f"YAML and source: {detail}")
-    ours, theirs = hf_state_dict(model), reference.state_dict
+    ours, theirs = hf_state_dict(model), reference.stored_weights()
     unmatched = dict.fromkeys(sorted(ours.keys() ^ theirs.keys()), math.inf)
     detail = ", ".join(list(unmatched)[:3]) or f"{len(ours)} tensors"
     yield Check("tensor names match", len(unmatched), detail, unmatched)

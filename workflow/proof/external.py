@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from SmolLm3 import LlamaModel
 from workflow.analysis import evaluate
 from workflow.data import read_text
 from workflow.errors import ConfigError
 from workflow.proof.bounds import BOUNDS, Check
-from workflow.reference import Reference, find_in_package, read_gguf
+from workflow.reference import Reference, find_in_package, read_gguf, unequal_tensors
 
 STORED_VALUES = Path(__file__).parent / "stored_values"
 KNOWN_WEIGHTS = ("SmolLM2-135M-Instruct.Q4_1",)  # the GGUF files that have stored values
@@ -53,15 +52,6 @@ def stored_values(reference: Reference) -> dict | None:
     stored = read_stored(f"{file.stem}.json")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return stored if stored["weights_sha256"] == digest else None
-
-
-def unequal_tensors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    """Names of tensors that differ, or that only one model has."""
-    return [
-        name
-        for name in ours | theirs
-        if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
-    ]
 
 
 def argmax_check(model: LlamaModel, stored: dict) -> Check:

@@ -1,8 +1,9 @@
 """The original model: loads its weights and tokenizer, and exports to its formats."""
 
 from workflow.reference.export import export
+from workflow.reference.folder import unequal_tensors
 from workflow.reference.gguf_file import read_gguf
 from workflow.reference.load import Reference, compare_configs, find_in_package, load_reference
 
 __all__ = ["Reference", "compare_configs", "export", "find_in_package", "load_reference"]
-__all__ += ["read_gguf"]
+__all__ += ["read_gguf", "unequal_tensors"]

