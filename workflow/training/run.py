@@ -237,7 +237,8 @@ class Run:
             f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} "
             f"parameters, {16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
-        if hint := hardware.precision_hint(self.trainer.device, settings.precision, parameters):
+        hint = hardware.precision_hint(self.trainer.device, settings.precision, parameters)
+        if hint and steps > 50:  # not for the smoke test and the resume
             print(hint)
 
     def _check_open(self) -> None:
