@@ -97,7 +97,7 @@ def test_a_padded_batch_gets_the_same_greedy_text_as_from_transformers(wide_refe
 def test_a_wrong_config_is_named(wide_reference):
     model = copy_reference(wide_reference)
     model.config = ModelConfig(**{**vars(model.config), "rope_theta": 777.0})
-    check = next(config_and_weight_checks(model, wide_reference))
+    check = next(config_and_weight_checks(model, wide_reference, wide_reference.state_dict))
     assert check.value == 1 and "rope_theta 777.0 is not 10000.0" in check.detail
 
 

@@ -79,7 +79,7 @@ def test_each_mutation_of_the_real_weights_fails_in_the_right_place(smollm2):
     with torch.no_grad():
         theirs = hidden_states(smollm2.model, ids)
     found = {
-        name: mutations.check_mutation(name, model, smollm2, ids, theirs)
+        name: mutations.check_mutation(name, model, smollm2, smollm2.state_dict, ids, theirs)
         for name in mutations.MUTATIONS
     }
     assert found[mutations.BASELINE].failed_check is None

@@ -28,9 +28,11 @@ TABLES_NOT_OF_RUN = ("paths", "models", "reference", "proof", "mutations", "smok
 TABLES_NOT_OF_RUN += ("evaluation", "sample", "profile")
 KEYS_NOT_OF_RUN = {
     "run": {"name", "device"},
-    "train": {"model", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"},
+    "train": {
+        *("model", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"),
+        *("micro_batch_size", "activation_checkpointing", "compile"),
+    },
 }
-KEYS_NOT_OF_RUN["train"] |= {"micro_batch_size", "activation_checkpointing", "compile"}
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
 ModelConfig.__pydantic_config__ = STRICT  # pydantic also validates ModelConfig
 

@@ -7,7 +7,7 @@ Both models get the same ids, in float32 on the CPU; nothing is sampled. `ours` 
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -64,7 +64,7 @@ def run_checks(
     all_ids = reference.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     with torch.no_grad():
         yield from external_checks(model, reference, settings.wikitext_file)
-        yield from config_and_weight_checks(model, reference)
+        yield from config_and_weight_checks(model, reference, reference.stored_weights())
         yield tokenizer_check(reference, text, all_ids)
         theirs = states.hidden_states(reference.model, ids)
         yield from forward_pass_checks(model, theirs, ids)
@@ -80,15 +80,17 @@ def run_checks(
             yield from bf16_checks(model, reference, ids)
 
 
-def config_and_weight_checks(model: LlamaModel, reference: Reference) -> Iterator[Check]:
-    """Architecture, then names, number and values of the tensors, which are read from the file."""
+def config_and_weight_checks(
+    model: LlamaModel, reference: Reference, theirs: Mapping[str, Tensor]
+) -> Iterator[Check]:
+    """Architecture, then names, number and values of the tensors. theirs: read from the file."""
     source = ModelConfig.from_hf(reference.model.config)
     rows = compare_configs(reference.entry.architecture, source)
     rows += [row for row in compare_configs(model.config, source) if not row[-1]]
     unequal = [f"{key} {mine} is not {theirs}" for key, mine, theirs, same in rows if not same]
     detail = ", ".join(unequal or [f"{key} {mine} = {theirs}" for key, mine, theirs, _ in rows])
     yield Check("config matches the source", len(unequal), f"YAML and source: {detail}")
-    ours, theirs = hf_state_dict(model), reference.stored_weights()
+    ours = hf_state_dict(model)
     unmatched = dict.fromkeys(sorted(ours.keys() ^ theirs.keys()), math.inf)
     detail = ", ".join(list(unmatched)[:3]) or f"{len(ours)} tensors"
     yield Check("tensor names match", len(unmatched), detail, unmatched)

@@ -142,11 +142,19 @@ class LossCurve:
 
 @torch.no_grad()
 def check_mutation(
-    name: str, model: LlamaModel, reference: Reference, ids: Tensor, theirs: dict[str, Tensor]
+    name: str,
+    model: LlamaModel,
+    reference: Reference,
+    stored: dict[str, Tensor],
+    ids: Tensor,
+    theirs: dict[str, Tensor],
 ) -> MutationResult:
-    """Runs the checks of config, weights and forward pass. theirs: see `forward_pass_checks`."""
+    """Runs the checks of config, weights and forward pass.
+
+    stored: the weights in the reference's file. theirs: see `forward_pass_checks`.
+    """
     with MUTATIONS[name](model):
-        found = [*config_and_weight_checks(model, reference)]
+        found = [*config_and_weight_checks(model, reference, stored)]
         found += forward_pass_checks(model, theirs, ids)
         loss = training_loss(model, ids).item()
     checks = {check.name: check for check in found}
@@ -171,7 +179,8 @@ def run_mutations(
     ids = torch.tensor(corpus.validation[: settings.tokens], dtype=torch.long)[None]
     with torch.no_grad():
         theirs = hidden_states(reference.model, ids)
-    results = [check_mutation(name, model, reference, ids, theirs) for name in MUTATIONS]
+    given = model, reference, reference.stored_weights(), ids, theirs
+    results = [check_mutation(name, *given) for name in MUTATIONS]
     provenance = {
         "weights_sha256": reference.provenance.weights_sha256,
         "text_sha256": corpus.text_sha256,
