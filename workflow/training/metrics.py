@@ -38,10 +38,7 @@ class StepTrace:
 
     @property
     def origin(self) -> str:
-        """Whether the steps show what the code of now does."""
-        if self.code == code_sha256():
-            return "recorded by this code"
-        return "recorded by other code (FRESH=1 make run trains a new run)"
+        return origin(self.code)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -50,6 +47,13 @@ class StepTrace:
 
     def write(self, file: Path) -> None:
         write_text_atomic(file, json.dumps(asdict(self)), FOLDER_KEY)
+
+
+def origin(code: str | None) -> str:
+    """Whether a record shows what this code does. code: the hash of the code that made it."""
+    if code == code_sha256():
+        return "recorded by this code"
+    return "recorded by other code (FRESH=1 make run trains a new run)"
 
 
 class InMemoryLogger:

@@ -25,6 +25,7 @@ from workflow.training.metrics import (
     MetricsLogger,
     ProgressBar,
     StepTrace,
+    origin,
     replay_log,
 )
 from workflow.training.resume import environment
@@ -88,7 +89,7 @@ class Run:
         settings, done = self.config.train, self.global_step
         if done > max_steps or (done == max_steps and not self._validation_due(max_steps)):
             rows = (r for r in self.logger.rows if self.resumed_at < r["step"] <= max_steps)
-            print(f"already at step {done}; replaying the log, {self.trace(1).origin}:")
+            print(f"already at step {done}; replaying the log, {origin(self._code_since(1))}:")
             replay_log(rows, settings, self.resumed_at)
             return
         self._check_open()
@@ -162,12 +163,17 @@ class Run:
 
     def trace(self, first_step: int) -> StepTrace:
         """The logged losses from `first_step` on, and the hash of the current weights."""
-        rows = [row for row in self.history if row["step"] >= first_step]
-        losses = tuple(row["loss"] for row in rows if "loss" in row)
-        before = [row for row in self.history if "began" in row and row["step"] < first_step]
-        codes = {row.get("code") for row in before[-1:] + rows if "began" in row}
-        code = codes.pop() if len(codes) == 1 else None
+        rows = [row for row in self.history if "loss" in row and row["step"] >= first_step]
+        losses, code = tuple(row["loss"] for row in rows), self._code_since(first_step)
         return StepTrace(first_step, losses, self.trainer.weights_sha256(), code)
+
+    def _code_since(self, first_step: int) -> str | None:
+        """The hash of the code that trained all steps from `first_step` on; None if several did."""
+        began = [row for row in self.history if "began" in row]
+        before = [row for row in began if row["step"] < first_step]
+        after = [row for row in began if row["step"] >= first_step]
+        codes = {row.get("code") for row in before[-1:] + after}
+        return codes.pop() if len(codes) == 1 else None
 
     def _expected_parts(self) -> dict[str, Any]:
         """The parts of a checkpoint that must equal those of this run."""
