@@ -182,15 +182,19 @@ def bench(arguments: Namespace) -> None:
     """Compare the speed of training and generation with transformers.
 
     The two models take turns, each in its own process. Run no other program.
-    --busy measures training steps beside a busy program instead (10 GB of memory).
+    --busy measures training steps beside a busy program instead (10 GB of memory);
+    --phases, the parts of a training step.
 
     example:
       python main.py bench --profile cpu --only "greedy generation"
     """
-    from workflow.tools import bench, busy  # transformers: 4 s that other commands do not need
+    from workflow.tools import bench, busy, phases  # transformers: 4 s for this command only
 
-    config, rounds, only = configure(arguments), arguments.rounds, arguments.only
-    print(busy.report(config, rounds) if arguments.busy else bench.report(config, rounds, only))
+    config, rounds = configure(arguments), arguments.rounds
+    if arguments.busy or arguments.phases:
+        print((busy if arguments.busy else phases).report(config, rounds))
+    else:
+        print(bench.report(config, rounds, arguments.only))
 
 
 COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
@@ -283,6 +287,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "bench":
         add("--rounds", metavar="N", type=int, default=7, help="repetitions (default: 7)")
         add("--busy", **flag, help="measure training steps beside a busy program")
+        add("--phases", **flag, help="measure the parts of a training step")
         add("--only", metavar="WORDS", default="", help="rows named …WORDS… (default: all)")
 
 

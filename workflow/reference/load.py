@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from workflow.reference.folder import (
     read_weights,
     readable,
 )
-from workflow.reference.gguf_file import read_gguf
+from workflow.reference.gguf_file import parse_once, read_gguf
 from workflow.reference.hub import matching_files, snapshot
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in SmolLM and SmolLM2
@@ -190,6 +191,16 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     """
     if is_intact(folder):
         return
+    with disk_errors(folder, "paths.cache"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{folder.name}.lock")).acquire()
+    with lock:
+        if not is_intact(folder):  # no other process converted it meanwhile
+            with parse_once():
+                convert(gguf, folder)
+
+
+def convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
@@ -198,7 +209,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
             print(f"{folder} is damaged or incomplete: it is removed and converted again")
             shutil.rmtree(folder)
         remove_temporary_files(folder.parent, min_age=DAY)
-        partial.mkdir(parents=True)
+        partial.mkdir()
     try:
         print(f"Converting {gguf.name} to {folder}, only once (about half a minute)")
         place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
@@ -220,8 +231,7 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
         (partial / HASHES).write_text(json.dumps(file_hashes(partial), indent=1))  # the last file
         partial.replace(folder)
     except Exception as error:  # safetensors and tokenizers have their own when the disk is full
-        if not is_intact(folder):  # no other process finished first
-            raise disk_error(folder, "paths.cache", error) from error
+        raise disk_error(folder, "paths.cache", error) from error
 
 
 def is_intact(folder: Path) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+from torch import Tensor
+
 from SmolLm3 import LlamaModel
 from workflow import OPENMP_VARIABLES, SHORT_SPIN
 from workflow.config import Config
@@ -35,14 +37,20 @@ def train_settings(config: Config, model: str | None) -> TrainSettings:
     return config.train.model_copy(update=changes | {"micro_batch_size": None, "compile": False})
 
 
-def training_steps(model: str | None, config: Config) -> Callable:
-    """A function that does some training steps of a model with random weights."""
+def train_step(model: str | None, config: Config) -> tuple[TrainStep, Tensor, Tensor]:
+    """A training step of a model with random weights; its inputs and targets (1, T)."""
     config = config.model_copy(update={"train": train_settings(config, model)})
     hardware.prepare_device(config.device)
     step = TrainStep(LlamaModel(config.train_architecture), config.train, config.device)
-    length, count = MODELS[model]
+    length, _ = MODELS[model]
     tokens = random_tokens(config.train_architecture.vocab_size, 1, length + 1)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return step, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def training_steps(model: str | None, config: Config) -> Callable:
+    """A function that does some training steps of a model."""
+    step, inputs, targets = train_step(model, config)
+    _, count = MODELS[model]
     return lambda: [(step(0, inputs, targets), step.metrics()) for _ in range(count)]
 
 
