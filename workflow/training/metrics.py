@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError
-from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
+from workflow.files import disk_errors, remove_temporary_files, sha256_of, write_text_atomic
 from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
@@ -42,11 +42,20 @@ class StepTrace:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        values = json.loads(file.read_text())
-        return cls(**values | {"losses": tuple(values["losses"])})
+        """Raises CheckpointError if the file is missing, or was changed after it was written."""
+        try:
+            values = json.loads(file.read_text("utf-8"))
+            if values.pop("sha256") != sha256_of(values.items()):
+                raise ValueError("hash")
+            return cls(**values | {"losses": tuple(values["losses"])})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            what, fix = "this record is missing or damaged", "make it again: FRESH=1 make run"
+            raise CheckpointError(file, what, fix) from None
 
     def write(self, file: Path) -> None:
-        write_text_atomic(file, json.dumps(asdict(self)), FOLDER_KEY)
+        values = asdict(self) | {"losses": list(self.losses)}
+        values["sha256"] = sha256_of(values.items())
+        write_text_atomic(file, json.dumps(values), FOLDER_KEY)
 
 
 def origin(code: str | None) -> str:
@@ -77,6 +86,10 @@ class InMemoryLogger:
     def close(self) -> None:
         pass
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of rows, and their hash: a checkpoint has it, to recognise its log."""
+        return {"rows": len(self.rows), "sha256": sha256_of(enumerate(map(json.dumps, self.rows)))}
+
     def has(self, key: str, step: int) -> bool:
         return any(key in row for row in self.rows if row["step"] == step)
 
@@ -90,10 +103,18 @@ class MetricsLogger(InMemoryLogger):
     """Also writes the rows to metrics.jsonl and TensorBoard. Rows after `step` are removed first.
 
     provenance: of weights and text, written to provenance.json. settings: shown in TensorBoard.
-    Raises DiskError.
+    logged: the `fingerprint` in the checkpoint of `step`, if it has one. Raises DiskError, or
+    CheckpointError if rows were changed since that checkpoint.
     """
 
-    def __init__(self, folder: Path, step: int, provenance: Mapping, settings: Mapping):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        provenance: Mapping,
+        settings: Mapping,
+        logged: Mapping | None = None,
+    ):
         self.folder, file = folder, folder / "metrics.jsonl"
         self._start_time = datetime.now(UTC).isoformat(timespec="seconds")
         with disk_errors(folder, FOLDER_KEY):
@@ -103,6 +124,8 @@ class MetricsLogger(InMemoryLogger):
             if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
                 file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
             self.rows = [row for row in old if row["step"] <= step] if step else []
+            if logged:
+                self._check_rows(file, step, logged)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_text_atomic(file, lines, FOLDER_KEY)
             text = json.dumps(provenance, indent=1) + "\n"
@@ -112,6 +135,16 @@ class MetricsLogger(InMemoryLogger):
             if not step:
                 for tag, values in (("provenance", provenance), ("config", settings)):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
+
+    def _check_rows(self, file: Path, step: int, logged: Mapping) -> None:
+        """Compares the rows with `logged`, unless the user moved the file away."""
+        before, self.rows = self.rows, self.rows[: logged["rows"]]
+        if not any("loss" in row for row in before):
+            print(f"Note: {file} has no losses up to step {step}")
+        elif self.fingerprint() != logged:
+            what = f"its rows up to step {step} were changed after checkpoint_{step}.pt was saved"
+            raise CheckpointError(file, what, "move the file away to start a new log")
+        self.rows = before
 
     def log(self, row: dict[str, Any]) -> None:
         if self._start_time and "loss" in row:  # the first step that this process trains
