@@ -87,6 +87,8 @@ def check_config(file: Path) -> None:
 
 def has_no_effect(name: str, value: Any) -> bool:
     """Whether this value of a key switches it off. For a scale this is 1, otherwise 0."""
+    if "causal" in name:
+        return name == "is_causal" and value is True
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value == (1 if SCALE.search(name) else 0)
     return not value

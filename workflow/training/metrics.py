@@ -26,6 +26,8 @@ FOLDER_KEY = "paths.runs"  # the configuration key of the folder
 # TensorBoard's names of values; the other values have the same name there
 TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
 
+ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once
+
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -71,7 +73,8 @@ class InMemoryLogger:
     - loss (nats per token, before the update), learning_rate, gradient_norm (before clipping),
       tokens_per_second, and flops_utilisation (fraction of a GPU's bf16 peak, if known); or
     - validation_loss (nats per token); or prompt and sample (the generated text); or
-    - began (time, UTC), commit and code (its hash): a new process trained the next steps.
+    - began (time, UTC), commit and code (its hash): a new process trained the next steps; or
+    - new_log: the log of the earlier steps was missing.
     """
 
     def __init__(self):
@@ -124,7 +127,10 @@ class MetricsLogger(InMemoryLogger):
             if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
                 file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
             self.rows = [row for row in old if row["step"] <= step] if step else []
-            if logged:
+            if step and not file.is_file():  # the user moved it away
+                print(f"Note: {file} is missing: a new log starts at step {step}")
+                self.rows = [{"step": step, "new_log": True}]
+            elif logged and {"step": step, "new_log": True} not in self.rows[:1]:
                 self._check_rows(file, step, logged)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_text_atomic(file, lines, FOLDER_KEY)
@@ -137,11 +143,9 @@ class MetricsLogger(InMemoryLogger):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
 
     def _check_rows(self, file: Path, step: int, logged: Mapping) -> None:
-        """Compares the rows with `logged`, unless the user moved the file away."""
+        """Raises CheckpointError if the first rows are not `logged`; others may follow them."""
         before, self.rows = self.rows, self.rows[: logged["rows"]]
-        if not any("loss" in row for row in before):
-            print(f"Note: {file} has no losses up to step {step}")
-        elif self.fingerprint() != logged:
+        if self.fingerprint() != logged:
             what = f"its rows up to step {step} were changed after checkpoint_{step}.pt was saved"
             raise CheckpointError(file, what, "move the file away to start a new log")
         self.rows = before
@@ -196,14 +200,18 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log. Raises CheckpointError, with the number of a damaged line."""
+    """The rows of a log. Raises CheckpointError, with the number of a damaged or repeated line."""
     # a kill can leave a partial last line: it is ignored
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
-    rows = []
+    rows, seen = [], set()
     for number, line in enumerate(filter(None, lines), 1):
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
+            keys = {(row["step"], key, row.get("prompt")) for key in ONCE if key in row}
+            if keys & seen:
+                raise ValueError("repeated")
+            seen |= keys
         except (ValueError, TypeError, KeyError):
             what, fix = f"line {number} is damaged", "move the file away to start a new log"
             raise CheckpointError(file, what, fix) from None

@@ -218,6 +218,10 @@ def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
     load_weights(model, state["model"], path)
     checkpoint.load_tokenizer(path.parent)  # checks the file first: its errors are one line
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
+    text = tokenizer.backend_tokenizer.to_str()
+    if hashlib.sha256(text.encode()).hexdigest() != state["tokenizer"]["sha256"]:
+        what = "this is not the tokenizer that the run was trained with"
+        raise CheckpointError(path.parent / "tokenizer.json", what, "restore the run's files")
     source, name = state["reference"], f"{path.parent.name}, {state['step']} steps"
     text = {key: source[key] for key in ("text", "text_revision") if key in source}
     return model, tokenizer, {"name": name, "started_from": source["name"], **text, **state["data"]}
