@@ -1,5 +1,6 @@
 """What goes wrong outside: one line, its exit code, and nothing is lost."""
 
+import json
 import re
 import resource
 import shutil
@@ -95,6 +96,15 @@ def test_a_checkpoint_is_evaluated_also_if_it_holds_only_weights(here, refused, 
     assert loss(str(trained)) == own
     one_layer = ["models.tiny.architecture.num_hidden_layers=1"]
     assert "model.layers.1" in refused(3, "evaluate", str(trained), *words, settings=one_layer)
+
+
+@pytest.mark.parametrize("words", [("evaluate", "--data", "input.txt"), ("export", "out")])
+def test_another_tokenizer_in_the_folder_of_a_run_is_refused(refused, trained, words):
+    file = trained.with_name("tokenizer.json")
+    content = json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}
+    file.write_text(json.dumps(content))
+    line = refused(3, words[0], str(trained), *words[1:])
+    assert f"{file.name}: this is not the tokenizer that the run was trained with" in line
 
 
 # --- signals --------------------------------------------------------------------------------------
