@@ -161,6 +161,7 @@ def test_shards_are_read_and_a_tensor_in_two_is_refused(folder, config, referenc
         (SHARDS[1], None, ": there is no such file"),
         (SHARDS[1], 60, ": it cannot be read ("),
         (INDEX, "{", ": it cannot be read ("),
+        ("generation_config.json", "[]", "exported: it cannot be read ('list' object"),
         ("tokenizer.json", None, ": there is no such file; get it again"),
         ("tokenizer.json", POINTER, ": it is a git-LFS pointer, not the file itself"),
         ("tokenizer.json", "{}", ": it cannot be read ("),
@@ -215,6 +216,13 @@ def test_harmless_keys_are_at_most_one_line(folder, config, capsys, keys, unknow
     load_reference(str(folder), config.model_entry)
     note = f"Note: unknown keys in {folder}/config.json are ignored: {unknown}\n" * bool(unknown)
     assert capsys.readouterr().out.startswith(f"{note}Reference: exported")
+
+
+def test_config_cannot_change_what_transformers_returns_and_which_attention_it_uses(folder, config):
+    edit_config(folder, return_dict=False, _attn_implementation="eager")
+    model = load_reference(str(folder), config.model_entry).model
+    assert model.config._attn_implementation == "sdpa"
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 257)
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED.items())

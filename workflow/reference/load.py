@@ -125,8 +125,10 @@ def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     stored = read_weights(folder, config)
     check_weights(stored, config, folder)
-    options = {"config": hf, "dtype": torch.float32, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    hf.return_dict = True  # config.json can have this key and that of the attention
+    options = {"config": hf, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    with readable(folder):  # it reads more files than these, for example generation_config.json
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     check_equal(model, stored, folder)
     return model, tokenizer, config
 
