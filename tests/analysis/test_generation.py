@@ -103,7 +103,7 @@ def test_a_chat_uses_the_template_of_the_tokenizer(reference):
     ids = prompt_ids(reference.tokenizer, "Hi", chat=True)
     assert reference.tokenizer.decode(ids) == "<user>Hi<assistant>"
     reference.tokenizer.chat_template = "{% for"
-    with pytest.raises(WorkflowError, match="chat template cannot be used .*; omit --chat"):
+    with pytest.raises(WorkflowError, match=r"chat template cannot be used .*; omit --chat"):
         prompt_ids(reference.tokenizer, "Hi", chat=True)
 
 

@@ -202,6 +202,7 @@ OFF = {"attn_logit_softcapping": None, "num_experts": 0, "use_qk_norm": False, "
 OFF["is_causal"] = True
 # no_rope_layers is of SmolLM3, a Llama ignores it
 REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "use_qk_norm": true, "norm_type": "layer",
+"temperature_tuning": true, "resid_mult": 0.3, "embedding_size": 64,
 "residual_multiplier": 0.22, "logits_scaling": 8, "query_pre_attn_scalar": 256, "rotary_pct": 0.25,
 "sliding_window": 4096, "attention_chunk_size": 8192, "num_local_experts": 1, "is_causal": false,
 "no_rope_layers": [1, 0], "quantization_config": {"quant_method": "gptq"}}""")
