@@ -30,7 +30,8 @@ KNOWN_KEYS |= {"_attn_implementation", "_flash_attn_2_enabled", "_model_name_or_
 COMPUTATION = re.compile(
     r"cap|clip|clamp|norm|scal|mult|factor|alpha|mup|pct|window|sliding|chunk|local|global"
     r"|sparse|dilat|expert|moe|router|mixture|dense|rotary|rope|position|alibi|yarn|bias|drop"
-    r"|resid|embed|embd|temperature_|_temperature|skip|parallel|activation|_act|gate|mlp|ffn|attn|attention|qk|softmax|logit|sink"
+    r"|resid|embed|embd|temperature_|_temperature|skip|parallel|activation|_act|gate|mlp|ffn|attn"
+    r"|attention|qk|softmax|logit|sink"
     r"|lora|latent|share|recur|loop|mask|causal|mamba|ssm|conv_|_conv|quant|compress",
     re.IGNORECASE,
 )
