@@ -49,7 +49,8 @@ COMPUTATION = json.loads("""{"final_logit_softcapping": 30.0, "attn_logit_softca
 "use_qk_norm": true, "logits_scaling": 8.0, "logit_scale": 0.1, "residual_multiplier": 0.22,
 "embedding_multiplier": 12.0, "attention_multiplier": 0.5, "query_pre_attn_scalar": 256,
 "sliding_window": 4, "use_sliding_window": true, "attention_chunk_size": 4, "num_experts": 2,
-"num_local_experts": 2, "resid_mult": 0.3, "temperature_tuning": true, "partial_rotary_factor": 0.5, "rotary_pct": 0.25, "clip_qkv": 8.0,
+"num_local_experts": 2, "resid_mult": 0.3, "temperature_tuning": true,
+"partial_rotary_factor": 0.5, "rotary_pct": 0.25, "clip_qkv": 8.0,
 "parallel_residual": true, "layer_types": ["sliding_attention", "full_attention"],
 "no_rope_layers": [1, 0], "is_causal": false, "use_alibi": true, "rope_interleaved": true,
 "quantization_config": {"quant_method": "gptq"}, "hidden_activation": "gelu"}""")
@@ -418,7 +419,7 @@ def try_lies(every: int = 1) -> dict[str, int]:
             scales = count(1)
             for parameter in reference.model.parameters():
                 if parameter.ndim == 1:  # norms, which otherwise are all 1
-                    parameter += torch.linspace(0, 1, len(parameter)) * (next(scales) % 7)
+                    parameter += torch.linspace(0, 1, len(parameter)) * next(scales)
             for kind, check in attempts(Path(folder), reference, every):
                 try:
                     refused = check()
