@@ -23,10 +23,9 @@ from workflow.files import disk_errors, remove_temporary_files, sha256_of, write
 from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
+ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once in a log
 # TensorBoard's names of values; the other values have the same name there
 TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
-
-ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,11 @@ class StepTrace:
         """Raises CheckpointError if the file is missing, or was changed after it was written."""
         try:
             values = json.loads(file.read_text("utf-8"))
-            if values.pop("sha256") != sha256_of(values.items()):
-                raise ValueError("hash")
+            stored = values.pop("sha256", None)
+            if stored is None:
+                values["code"] = None  # of an older release
+            elif stored != sha256_of(values.items()):
+                raise ValueError("another hash")
             return cls(**values | {"losses": tuple(values["losses"])})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             what, fix = "this record is missing or damaged", "make it again: FRESH=1 make run"
