@@ -30,8 +30,8 @@ def prepare_for_generation(model: LlamaModel, precision: torch.dtype = torch.flo
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     """The ids of a prompt. chat: as the user's turn in the chat template of the tokenizer.
 
-    tokenizer: from transformers. Raises WorkflowError if it has no chat template (base models have
-    none), or for a lone surrogate, which a terminal makes from bytes that are not UTF-8.
+    tokenizer: from transformers. Raises WorkflowError if its chat template is missing (as in base
+    models) or invalid, or for a lone surrogate: a terminal makes it from bytes that are not UTF-8.
     """
     try:
         prompt.encode()
@@ -43,7 +43,12 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
         raise WorkflowError("generate", what, "choose an Instruct model, or omit --chat")
     if chat:
         turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        options = {"add_generation_prompt": True, "tokenize": False}
+        try:
+            prompt = tokenizer.apply_chat_template(turns, **options)
+        except Exception as error:  # a template is a program
+            what = f"the tokenizer's chat template cannot be used ({error})"
+            raise WorkflowError("generate", what, "omit --chat") from error
     return tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
 
 

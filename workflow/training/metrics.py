@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError
-from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
+from workflow.files import disk_errors, remove_temporary_files, sha256_of, write_text_atomic
 from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
+ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once in a log
 # TensorBoard's names of values; the other values have the same name there
 TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
 
@@ -42,11 +43,23 @@ class StepTrace:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        values = json.loads(file.read_text())
-        return cls(**values | {"losses": tuple(values["losses"])})
+        """Raises CheckpointError if the file is missing, or was changed after it was written."""
+        try:
+            values = json.loads(file.read_text("utf-8"))
+            stored = values.pop("sha256", None)
+            if stored is None:
+                values["code"] = None  # of an older release
+            elif stored != sha256_of(values.items()):
+                raise ValueError("another hash")
+            return cls(**values | {"losses": tuple(values["losses"])})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            what, fix = "this record is missing or damaged", "make it again: FRESH=1 make run"
+            raise CheckpointError(file, what, fix) from None
 
     def write(self, file: Path) -> None:
-        write_text_atomic(file, json.dumps(asdict(self)), FOLDER_KEY)
+        values = asdict(self) | {"losses": list(self.losses)}
+        values["sha256"] = sha256_of(values.items())
+        write_text_atomic(file, json.dumps(values), FOLDER_KEY)
 
 
 def origin(code: str | None) -> str:
@@ -62,7 +75,8 @@ class InMemoryLogger:
     - loss (nats per token, before the update), learning_rate, gradient_norm (before clipping),
       tokens_per_second, and flops_utilisation (fraction of a GPU's bf16 peak, if known); or
     - validation_loss (nats per token); or prompt and sample (the generated text); or
-    - began (time, UTC), commit and code (its hash): a new process trained the next steps.
+    - began (time, UTC), commit and code (its hash): a new process trained the next steps; or
+    - new_log: the log of the earlier steps was missing.
     """
 
     def __init__(self):
@@ -77,6 +91,10 @@ class InMemoryLogger:
     def close(self) -> None:
         pass
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of rows, and their hash: a checkpoint has it, to recognise its log."""
+        return {"rows": len(self.rows), "sha256": sha256_of(enumerate(map(json.dumps, self.rows)))}
+
     def has(self, key: str, step: int) -> bool:
         return any(key in row for row in self.rows if row["step"] == step)
 
@@ -90,10 +108,18 @@ class MetricsLogger(InMemoryLogger):
     """Also writes the rows to metrics.jsonl and TensorBoard. Rows after `step` are removed first.
 
     provenance: of weights and text, written to provenance.json. settings: shown in TensorBoard.
-    Raises DiskError.
+    logged: the `fingerprint` in the checkpoint of `step`, if it has one. Raises DiskError, or
+    CheckpointError if rows were changed since that checkpoint.
     """
 
-    def __init__(self, folder: Path, step: int, provenance: Mapping, settings: Mapping):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        provenance: Mapping,
+        settings: Mapping,
+        logged: Mapping | None = None,
+    ):
         self.folder, file = folder, folder / "metrics.jsonl"
         self._start_time = datetime.now(UTC).isoformat(timespec="seconds")
         with disk_errors(folder, FOLDER_KEY):
@@ -103,6 +129,11 @@ class MetricsLogger(InMemoryLogger):
             if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
                 file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
             self.rows = [row for row in old if row["step"] <= step] if step else []
+            if step and not file.is_file():  # the user moved it away
+                print(f"Note: {file} is missing: a new log starts at step {step}")
+                self.rows = [{"step": step, "new_log": True}]
+            elif logged and {"step": step, "new_log": True} not in self.rows[:1]:
+                self._check_rows(file, step, logged)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_text_atomic(file, lines, FOLDER_KEY)
             text = json.dumps(provenance, indent=1) + "\n"
@@ -112,6 +143,14 @@ class MetricsLogger(InMemoryLogger):
             if not step:
                 for tag, values in (("provenance", provenance), ("config", settings)):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
+
+    def _check_rows(self, file: Path, step: int, logged: Mapping) -> None:
+        """Raises CheckpointError if the first rows are not `logged`; others may follow them."""
+        before, self.rows = self.rows, self.rows[: logged["rows"]]
+        if self.fingerprint() != logged:
+            what = f"its rows up to step {step} were changed after checkpoint_{step}.pt was saved"
+            raise CheckpointError(file, what, "move the file away to start a new log")
+        self.rows = before
 
     def log(self, row: dict[str, Any]) -> None:
         if self._start_time and "loss" in row:  # the first step that this process trains
@@ -163,14 +202,18 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log. Raises CheckpointError, with the number of a damaged line."""
+    """The rows of a log. Raises CheckpointError, with the number of a damaged or repeated line."""
     # a kill can leave a partial last line: it is ignored
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
-    rows = []
+    rows, seen = [], set()
     for number, line in enumerate(filter(None, lines), 1):
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
+            keys = {(row["step"], key, row.get("prompt")) for key in ONCE if key in row}
+            if keys & seen:
+                raise ValueError("repeated")
+            seen |= keys
         except (ValueError, TypeError, KeyError):
             what, fix = f"line {number} is damaged", "move the file away to start a new log"
             raise CheckpointError(file, what, fix) from None

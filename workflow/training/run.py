@@ -10,7 +10,8 @@ After a `break`, an interrupt or a kill, the same lines continue the run.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from workflow.training.metrics import (
     replay_log,
 )
 from workflow.training.resume import environment
-from workflow.training.signals import deferred_signals
+from workflow.training.signals import DeferredSignals
 from workflow.training.step import eval_mode
 from workflow.training.trainer import Trainer
 
@@ -65,7 +66,10 @@ class Run:
             self._load(*loaded, allowed)
         self.loaded_step = trainer.global_step  # 0: no checkpoint was loaded
         self.progress = ProgressBar(self.config.train, resumed_at)
-        self.logger = self._open_logger() if distributed.is_main_process() else InMemoryLogger()
+        self.signals = DeferredSignals()
+        logged = loaded[1].get("log") if loaded else None  # older releases did not store it
+        main_process = distributed.is_main_process()
+        self.logger = self._open_logger(logged) if main_process else InMemoryLogger()
         directory.close_on_reopen(self)
 
     @property
@@ -83,7 +87,8 @@ class Run:
 
         Prints, logs, validates and saves. If the run has already reached `max_steps`, its log is
         replayed instead. Ctrl-C and SIGTERM wait until the step and the body of the caller's loop
-        are done; then the run is saved, and KeyboardInterrupt is raised.
+        are done; then the run is saved, and KeyboardInterrupt is raised. If the body ends the loop,
+        `save`, `close` or the next `train` raises it.
         """
         self._flush_metrics()
         settings, done = self.config.train, self.global_step
@@ -96,18 +101,18 @@ class Run:
         self._print_plan(max_steps)
         self.progress.start(done, max_steps)
         try:
-            with deferred_signals() as safe_point:
-                self._validate(max_steps, safe_point)
+            with self.signals:
+                self._validate(max_steps)
                 while self.global_step < max_steps:
                     self.trainer.train_step()
                     if self._metrics_due(max_steps):
                         self._flush_metrics()
-                    self._validate(max_steps, safe_point)
+                    self._validate(max_steps)
                     yield self.global_step
                     due = self.global_step % settings.checkpoint_every == 0
                     if due and self.global_step < max_steps:
-                        self.save()
-                    safe_point(self.save)
+                        self._write_checkpoint()
+                    self.signals.safe_point(self._write_checkpoint)
                 self.logger.flush()
         finally:
             self.progress.bar.close()
@@ -137,6 +142,10 @@ class Run:
 
     def save(self) -> None:
         """Writes `checkpoint_<global_step>.pt`, unless it exists: it then has the same state."""
+        self._write_checkpoint()
+        self.signals.raise_pending()
+
+    def _write_checkpoint(self) -> None:
         self._flush_metrics()
         with distributed.main_process_first():  # the others wait until it is written
             path, settings = self.directory.checkpoint(self.global_step), self.config.train
@@ -145,6 +154,7 @@ class Run:
             self.logger.flush()
             here = environment(self.trainer.device, settings)
             about = {"reference": self.provenance, "environment": here}
+            about["log"] = self.logger.fingerprint()
             state = self._expected_parts() | about | self.trainer.state_dict()
             milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
             self.directory.save(state, settings.keep_checkpoints, milestones)
@@ -154,11 +164,12 @@ class Run:
         """Closes the log and unlocks the folder. A second call does nothing."""
         self.logger.close()
         self.directory.close()
+        self.signals.raise_pending()
 
     def save_and_close(self) -> None:
         """Saves, unless a step stopped in the middle, and closes."""
         if not self.trainer.step_unfinished:
-            self.save()
+            self._write_checkpoint()
         self.close()
 
     def trace(self, first_step: int) -> StepTrace:
@@ -195,10 +206,10 @@ class Run:
             before = {key: saved.get(key) for key in changed}
             print(f"Note: saved on {before}, now on {changed}: no longer bit-exact")
 
-    def _open_logger(self) -> MetricsLogger:
+    def _open_logger(self, logged: dict[str, Any] | None) -> MetricsLogger:
         provenance = self.provenance | self.corpus.fingerprint
         settings = self.config.settings_of_run()
-        logger = MetricsLogger(self.folder, self.global_step, provenance, settings)
+        logger = MetricsLogger(self.folder, self.global_step, provenance, settings, logged)
         if not self.global_step:
             (self.folder / UNINTERRUPTED_FILE).unlink(missing_ok=True)
         return logger
@@ -225,12 +236,12 @@ class Run:
         due = self.directory.locked and self._is_validation_step(max_steps)
         return due and not self.logger.has("validation_loss", self.global_step)
 
-    def _validate(self, max_steps: int, safe_point: Callable) -> None:
+    def _validate(self, max_steps: int) -> None:
         """Computes and logs the validation loss, if it is due."""
         if self._validation_due(max_steps):
             alone = distributed.world_size() == 1  # a safe point needs all processes
-            after_batch = (lambda: safe_point(self.save)) if alone else (lambda: None)
-            loss = self.trainer.validation_loss(after_batch)
+            stop = partial(self.signals.safe_point, self._write_checkpoint)
+            loss = self.trainer.validation_loss(after_batch=stop if alone else lambda: None)
             self.logger.log_histograms(self.global_step, self.trainer.model)
             self.logger.log({"step": self.global_step, "validation_loss": loss})
 
