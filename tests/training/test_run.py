@@ -331,7 +331,7 @@ def test_records_name_the_code_that_made_them(config, reference, capsys):
     capsys.readouterr()
     run = trained(opened(config, reference), 20)
     fresh = "recorded by other code (FRESH=1 make run trains a new run)"
-    assert f"already at step 20; replaying the log, {fresh}:" in capsys.readouterr().out
+    assert f"replaying its log (it is at step 20, {fresh}):" in capsys.readouterr().out
     assert run.trace(1).origin == continue_uninterrupted(run, 25).origin == fresh
 
 
