@@ -106,9 +106,9 @@ def train(arguments: Namespace) -> None:
 def resume(arguments: Namespace) -> None:
     """Resume from CHECKPOINT, with its settings, and train up to the last step.
 
-    This is step train.steps + train.resume_steps of the run, or --until N. If the run
-    has later checkpoints, the newest is loaded instead. --set changes a setting. If
-    that changes the numbers of the run, --allow must name it.
+    This is step train.steps + train.resume_steps of the run, or --until N. If it has
+    later checkpoints, the newest is loaded instead. --set changes a setting. If this
+    changes the numbers of the run, --allow must name it.
 
     example:
       python main.py resume checkpoints/RUN --until 6000
@@ -237,7 +237,7 @@ def train_until(max_steps: int, run, config: Config) -> None:
 def parser() -> ArgumentParser:
     layout = {"formatter_class": RawDescriptionHelpFormatter}
     about, exit_codes = __doc__.split("\n\n", 1)
-    top = OneLineParser(description=about, epilog=exit_codes, **layout)
+    top = OneLineParser(prog="main.py", description=about, epilog=exit_codes, **layout)
     options = {"title": "commands", "metavar": "COMMAND", "dest": "command"}
     commands = top.add_subparsers(required=True, **options)
     for name, command in COMMANDS.items():
@@ -266,7 +266,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)
         words = "train.NAME: it may differ; random: random states may be missing (default: none)"
         add("--allow", metavar="KEY", action="append", default=[], help=words)
-        words = "train up to step N (default: train.steps + train.resume_steps)"
+        words = "up to step N (default: train.steps + train.resume_steps)"
         add("--until", metavar="N", type=at_least(1), help=words)
     elif command == "generate":
         add_generate_options(parser)

@@ -88,7 +88,7 @@ def test_resume_takes_its_settings_from_the_checkpoint(
     code, printed, _ = here("resume", folder)  # steps + resume_steps of the run
     assert code == 0 and "Saved checkpoint_25.pt" in printed
     rates = {r["step"]: r["learning_rate"] for r in read_log(log / "metrics.jsonl") if "loss" in r}
-    assert rates[21] < 0.001 / 3 < rates[20] and list(rates) == list(range(1, 26))
+    assert rates[21] < 0.0004 < 0.0006 < rates[20] and list(rates) == list(range(1, 26))
     code, printed, _ = here("resume", folder, "--until", "30")
     assert "Note: from step 25 on, the rate stays 0.0003" in printed
     assert "Removed checkpoint_22.pt: train.keep_checkpoints is 2" in printed
@@ -188,7 +188,7 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
         (2, ["bench", "--only", "nothing"], "no row has this name; rows: training step, 1 × 128"),
         (2, ["bench", "--busy", "--only", "x"], "--only: not allowed with argument --busy"),
         (2, ["resume", "x", "--until", "0"], "main.py resume: argument --until: '0' is not a"),
-        (2, ["resume"], "the following arguments are required: CHECKPOINT; type main.py resume -"),
+        (2, ["resume"], "the following arguments are required: CHECKPOINT; type main.py resu"),
         (2, ["generate", "x\udced"], "character 1 of the prompt is half a character"),
     ],
 )

@@ -155,7 +155,7 @@ def test_settings_that_change_no_numbers_may_change_in_a_run(config, reference, 
 
 @pytest.mark.parametrize("step", [3, 22])
 def test_interrupted_cells_of_the_notebook_can_be_run_again(
-    config, reference, finished, monkeypatch, step
+    config, reference, finished, monkeypatch, capsys, step
 ):
     interrupt(monkeypatch, step)
     run = opened(config, reference)
@@ -163,6 +163,8 @@ def test_interrupted_cells_of_the_notebook_can_be_run_again(
         trained(run, 20)
     if step == 3:  # the step was finished and logged first
         assert run.global_step == len(rows(run, "loss")) == 4
+        stopped = "Stopped at step 4, saved. Continue: run the same command again.\n"
+        assert stopped in capsys.readouterr().out
     trained(run, 20).save()
     if step == 22:
         with pytest.raises(KeyboardInterrupt, match=r"^$"):

@@ -216,7 +216,7 @@ def similar_key(keys: Sequence[str], values: Mapping[str, Any]) -> str | None:
     known = getattr(table, "model_fields", None) or getattr(table, "__dataclass_fields__", {})
     names = [".".join([*parents, name]) for name in known]
     settings = (name for name, _ in leaves(values) if not name.startswith("models."))
-    names += sorted(settings, key=lambda name: not name.startswith("train."))
+    names += sorted(settings, key=lambda name: not name.startswith(("train.", "sample.")))
     full_names: dict[str, str] = {}
     for name in names:
         if name != ".".join(keys):
