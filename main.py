@@ -106,9 +106,9 @@ def train(arguments: Namespace) -> None:
 def resume(arguments: Namespace) -> None:
     """Resume from CHECKPOINT, with its settings, and train up to the last step.
 
-    This is step train.steps + train.resume_steps of the run, or --until N. If it has
-    later checkpoints, the newest is loaded instead. --set changes a setting. If this
-    changes the numbers of the run, --allow must name it.
+    This is step train.steps + train.resume_steps of the run, or --until N. If the
+    run has later checkpoints, the newest is loaded instead. --set changes a
+    setting. If this changes the numbers of the run, --allow must name it.
 
     example:
       python main.py resume checkpoints/RUN --until 6000

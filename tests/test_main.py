@@ -50,7 +50,7 @@ def test_train_then_resume_then_both_again(here, project):
     assert "Step: 5, Resume Loss: " in printed and samples(printed) == ["25"]
     saved = checkpoints(project)
     assert set(saved) == {"checkpoint_20.pt", "checkpoint_25.pt"}
-    for words, steps in ((["train"], ["10", "20"]), (["resume", str(path)], ["25"])):
+    for words, steps in ((["train"], ["0", "10", "20"]), (["resume", str(path)], ["25"])):
         code, printed, _ = here(*words, settings=SHORT)
         nothing = f"Nothing to train: run {path.parent.name} is complete; replaying its log"
         assert code == 0 and nothing in printed and samples(printed) == steps

@@ -58,7 +58,7 @@ def test_every_command_and_setting_is_accepted(monkeypatch):
         for command in commands - {"COMMAND --help", "--help"}
     ]
     for profile, changes in {(options.profile, tuple(options.set)) for options in parsed}:
-        load_config(ROOT / "SmolLm3_Config.yaml", profile or "cpu", changes)
+        load_config(ROOT / "SmolLm3_Config.yaml", profile or "full", changes)
 
 
 @pytest.mark.parametrize("line", RUN)

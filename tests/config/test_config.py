@@ -45,7 +45,7 @@ def test_the_header_has_the_values_in_force_and_what_the_profile_overrides(monke
     header = str(load_config(YAML, "quick", ["train.steps=60", "train.decay_steps=20%"]))
     assert "It overrides the YAML's base section in proof.quick, train.model, train.init" in header
     assert "; 60 + 50 steps of 1 × 64 tokens train small from random weights on " in header
-    rates = "1 warm-up steps to 0.002, then cosine from step 88 to 0.0002 at step 110"
+    rates = "up to 0.002 at step 1, then cosine from step 88 to 0.0002 at step 110"
     assert f"Learning rate: {rates}" in header
 
 

@@ -110,7 +110,7 @@ def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, project,
         assert any(part in line for line in again), part
     shown_steps = r"Step: \d+00, Train Loss|.*global step 2\d\d"
     losses = [line for line in lines if re.match(shown_steps, line)]
-    assert len(losses) == 2 + 5 and set(losses) <= set(again)
+    assert len(losses) == 2 + 6 and set(losses) <= set(again)
 
 
 @pytest.mark.slow

@@ -296,6 +296,6 @@ class Config(Section):
         lines.append(f"Model {self.model}; {steps} {trained}")
         first = train.schedule_steps - (train.decay_steps or 0) if train.decay_steps else None
         decay = f"{train.decay} from step {first}" if first else train.decay
-        rates = f"{train.warmup_steps} warm-up steps to {train.learning_rate:g}, then {decay}"
+        rates = f"up to {train.learning_rate:g} at step {train.warmup_steps}, then {decay}"
         end = f"to {train.min_learning_rate:g} at step {train.schedule_steps}"
         return "\n".join([*lines, f"Learning rate: {rates} {end}"])

@@ -89,7 +89,8 @@ class Run:
         settings, done = self.config.train, self.global_step
         if done > max_steps or (done == max_steps and not self._validation_due(max_steps)):
             since = self.resumed_at if self.resumed_at < max_steps else 0  # 0: the whole log
-            rows = (r for r in self.logger.rows if since < r["step"] <= max_steps)
+            rows = (r for r in self.logger.rows if not since or since < r["step"])
+            rows = (row for row in rows if row["step"] <= max_steps)
             where = f"it is at step {done}, {origin(self._code_since(1))}"
             print(f"Nothing to train: run {self.name} is complete; replaying its log ({where}):")
             self.progress.replay(rows, since, max_steps)
