@@ -163,7 +163,7 @@ class TrainSettings(Section):
     def _resolve_share(cls, value: Any, info: ValidationInfo) -> Any:
         """Turns a share into a number: a run and its checkpoints have an absolute schedule."""
         parts = [info.data.get(name) for name in SHARES[info.field_name]]
-        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", str(value))
+        share = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)%", str(value))
         if not share or None in parts:
             return value
         number = Decimal(share[1]) * sum(map(Decimal, map(str, parts))) / 100  # 10% of 2e-5 is 2e-6
