@@ -178,6 +178,7 @@ def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]
     assert not left, f"temporary files were left: {left}"
     (folder,) = config.paths.checkpoints.iterdir()
     state = checkpoint.load(checkpoint.checkpoint_path(folder, workspace.steps))
+    del state["settings"]  # has the folders, which differ
     (runs,) = config.paths.runs.iterdir()
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "began" not in row]  # one for each process
