@@ -52,19 +52,20 @@ def device_problem(device: str) -> str | None:
 def limits(config) -> Iterator[tuple[str, float, str, float]]:
     """A key, its value, the name of its limit, and the limit."""
     train, smoke_test, mutations = config.train, config.smoke_test, config.mutations
-    original = config.model_entry.architecture.max_position_embeddings
-    trained = config.train_architecture.max_position_embeddings
-    for name, value, context in (
-        ("train.sequence_length", train.sequence_length, trained),
-        ("sample.new_tokens", config.sample.new_tokens, trained - 1),
-        ("evaluation.window", config.evaluation.window or 0, trained),
-        ("smoke_test.sequence_length", smoke_test.sequence_length, original),
-        ("mutations.sequence_length", mutations.sequence_length, original),
-        ("mutations.tokens", mutations.tokens, original),
-        # the longest prompt has 300 tokens
-        ("proof.new_tokens", config.proof.new_tokens, original - 300),
+    original = f"model {config.model}", config.model_entry
+    key = "train.model" if train.model else "model"
+    trained = f"{key} {config.train_model}", config.models[config.train_model]
+    for name, value, (model, entry), needed in (
+        ("train.sequence_length", train.sequence_length, trained, 0),
+        ("sample.new_tokens", config.sample.new_tokens, trained, 1),
+        ("evaluation.window", config.evaluation.window or 0, trained, 0),
+        ("smoke_test.sequence_length", smoke_test.sequence_length, original, 0),
+        ("mutations.sequence_length", mutations.sequence_length, original, 0),
+        ("mutations.tokens", mutations.tokens, original, 0),
+        ("proof.new_tokens", config.proof.new_tokens, original, 300),  # the longest prompt
     ):
-        yield name, value, "what fits into max_position_embeddings", context
+        context = f"the context of {model}" + (f" - {needed}" if needed else "")
+        yield name, value, context, entry.architecture.max_position_embeddings - needed
     for name, part in (("train", train), ("smoke_test", smoke_test), ("mutations", mutations)):
         # a larger batch would fill the memory before an error is shown
         keys = f"{name}.batch_size × {name}.sequence_length"

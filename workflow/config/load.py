@@ -50,8 +50,8 @@ def load_config(
     if not isinstance(profiles.get(name, {} if saved else "absent"), dict | None):
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
         raise ConfigError(path, f"there is no profile {name!r}", fix)
-    changes, base = profiles.get(name) or {}, dict(leaves(values))
-    keys = () if saved else [key for key, value in leaves(changes) if base.get(key) != value]
+    changes = profiles.get(name) or {}
+    keys = () if saved else list(changed_keys(values, changes))
     values = merge(merge(values, changes), saved) | {"profile": name, "profile_reason": reason}
     values["profile_keys"] = keys
     if os.environ.get("FRESH") == "1":
@@ -64,6 +64,16 @@ def load_config(
             key, change = parse_override(override, f"{place} {override}")
             values, causes[key] = merge(values, change), f"{place} {override}"
     return validate(values | {"overrides": [*from_environment, *overrides]}, path, causes)
+
+
+def changed_keys(base: Mapping, changes: Mapping, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of `changes` whose values are not those of `base`."""
+    for key, value in changes.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            yield from changed_keys(old, value, f"{prefix}{key}.")
+        elif old != value:
+            yield f"{prefix}{key}"
 
 
 def leaves(table: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
