@@ -56,7 +56,7 @@ def test_training_settings_that_differ_are_a_table_and_can_be_allowed(here, trai
     settings = (*SHORT, "train.learning_rate=0.001", "train.betas=[0.9, 0.99]")
     resume = ("resume", str(trained), "--allow", "train.betas")
     code, printed, error = here(*resume, settings=settings)
-    assert code == 3 and "or allow each: --allow train.learning_rate" in error
+    assert code == 3 and "--set train.learning_rate=0.001 --allow train.learning_rate" in error
     assert re.search(r"^config.train.learning_rate +0.003 +0.001$", printed, re.MULTILINE)
     assert re.search(r"^config.train.betas.1 +0.95 +0.99$", printed, re.MULTILINE)
     code, printed, _ = here(*resume, "--allow", "train.learning_rate", settings=settings)

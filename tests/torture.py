@@ -179,7 +179,7 @@ def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]
     assert not left, f"temporary files were left: {left}"
     (folder,) = config.paths.checkpoints.iterdir()
     state = checkpoint.load(checkpoint.checkpoint_path(folder, workspace.steps))
-    del state["log"]  # it has times
+    del state["log"], state["settings"]  # they have times, and folders, which differ
     (runs,) = config.paths.runs.iterdir()
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "began" not in row]  # one for each process

@@ -155,7 +155,7 @@ def test_settings_that_change_no_numbers_may_change_in_a_run(config, reference, 
 
 @pytest.mark.parametrize("step", [3, 22])
 def test_interrupted_cells_of_the_notebook_can_be_run_again(
-    config, reference, finished, monkeypatch, step
+    config, reference, finished, monkeypatch, capsys, step
 ):
     interrupt(monkeypatch, step)
     run = opened(config, reference)
@@ -163,6 +163,8 @@ def test_interrupted_cells_of_the_notebook_can_be_run_again(
         trained(run, 20)
     if step == 3:  # the step was finished and logged first
         assert run.global_step == len(rows(run, "loss")) == 4
+        stopped = "Stopped at step 4, saved. Continue: run the same command again.\n"
+        assert stopped in capsys.readouterr().out
     trained(run, 20).save()
     if step == 22:
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
@@ -365,7 +367,7 @@ def test_records_name_the_code_that_made_them(config, reference, monkeypatch, ca
     capsys.readouterr()
     run = trained(opened(config, reference), 20)
     fresh = "recorded by other code (FRESH=1 make run trains a new run)"
-    assert f"already at step 20; replaying the log, {fresh}:" in capsys.readouterr().out
+    assert f"replaying its log (it is at step 20, {fresh}):" in capsys.readouterr().out
     assert run.trace(1).origin == continue_uninterrupted(run, 25).origin == fresh
 
 

@@ -53,9 +53,16 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
 
 
 def sampling_options(temperature: float | None, top_k: int | None, top_p: float, min_p: float):
-    """The options of `LlamaModel.stream`, as a dict; greedy without a temperature or a filter."""
+    """The options of `LlamaModel.stream`, as a dict; greedy without a temperature or a filter.
+
+    Raises WorkflowError for a filter with temperature 0, where it would do nothing.
+    """
+    filters = top_k is not None or top_p != 1.0 or min_p != 0.0
+    if filters and temperature == 0:
+        what = "temperature 0 is greedy, and needs no top-k, top-p or min-p"
+        raise WorkflowError("generate", what, "omit one of them")
     if temperature is None:
-        temperature = 1.0 if top_k is not None or top_p != 1.0 or min_p != 0.0 else 0.0
+        temperature = 1.0 if filters else 0.0
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 

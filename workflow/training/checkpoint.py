@@ -37,6 +37,7 @@ CONTENTS = {
     "config": dict,  # the settings of the run, as numbers, strings and lists
     "tokenizer": dict,  # sha256, size of the vocabulary, end-of-text token
     "reference": dict,  # provenance of the first weights and of the text
+    # optional, since this release: "settings", all of them; "config" has those that change numbers
     "environment": dict,  # torch, device, threads; the resume is bit-exact if they are equal
     "digest": str,  # sha256 of all of the above
 }

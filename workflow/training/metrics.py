@@ -126,8 +126,10 @@ class MetricsLogger(InMemoryLogger):
             folder.mkdir(parents=True, exist_ok=True)
             remove_temporary_files(folder)
             old = read_log(file)
-            if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
-                file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
+            if step == 0 and (last := max((row["step"] for row in old), default=0)):
+                kept = time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")
+                file.rename(file.with_name(kept))
+                print(f"Note: {file} has {last} steps, but no checkpoint; it is now {kept}")
             self.rows = [row for row in old if row["step"] <= step] if step else []
             if step and not file.is_file():  # the user moved it away
                 print(f"Note: {file} is missing: a new log starts at step {step}")
@@ -234,10 +236,11 @@ class ProgressBar:
     """A progress bar, and a line for some steps. After a resume both count from the checkpoint."""
 
     def __init__(self, settings: TrainSettings, resumed_at: int):
-        self.settings, self.resumed_at = settings, resumed_at
+        self.settings, self.resumed_at, self.max_steps = settings, resumed_at, 0
         self.bar = tqdm(disable=True)
 
     def start(self, step: int, max_steps: int) -> None:
+        self.max_steps = max_steps
         title = "Resume Training" if self.resumed_at else "Training"
         counts = {"total": max_steps - self.resumed_at, "initial": step - self.resumed_at}
         self.bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
@@ -245,28 +248,39 @@ class ProgressBar:
     def show(self, row: Mapping[str, Any]) -> None:
         """Moves the bar by one step, and prints the step's line if it has one."""
         self.bar.update()
-        if line := step_line(row, self.settings, self.resumed_at):
+        self.write(row)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if line := step_line(row, self.settings, self.resumed_at, self.max_steps):
             tqdm.write(line, file=sys.stdout)
 
-
-def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) -> str | None:
-    """The line printed for a step, or None. After a resume, steps count from the checkpoint."""
-    step, loss = row["step"], row["loss"]
-    if not resumed_at:
-        shown = step % settings.log_every == 0
-        return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
-    count = step - resumed_at
-    shown = count % max(settings.resume_steps // 5, 1) == 0
-    return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
+    def replay(self, rows: Iterable[Mapping[str, Any]], since: int, max_steps: int) -> None:
+        """Prints logged rows in the same form as training does."""
+        self.resumed_at, self.max_steps = since, max_steps
+        for row in rows:
+            if "sample" in row:
+                print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
+            self.write(row)
 
 
-def replay_log(rows: Iterable[Mapping[str, Any]], settings: TrainSettings, resumed_at: int) -> None:
-    """Prints logged rows in the same form as training does."""
-    for row in rows:
-        if "sample" in row:
-            print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
-        elif "loss" in row and (line := step_line(row, settings, resumed_at)):
-            print(line)
+def step_line(
+    row: Mapping[str, Any], settings: TrainSettings, resumed_at: int, max_steps: int
+) -> str | None:
+    """The line printed for a row of the log, or None: losses of some steps, the first, the last.
+
+    All held-out losses are printed. After a resume, steps count from the checkpoint.
+    """
+    step, count = row["step"], row["step"] - resumed_at
+    if "validation_loss" in row:
+        return f"Step: {step}, Held-out Loss: {row['validation_loss']:.4f}"
+    interval = settings.log_every
+    if resumed_at:
+        interval = max(min((max_steps - resumed_at) // 5, interval), 1)
+    if "loss" not in row or (count % interval and step not in (resumed_at + 1, max_steps)):
+        return None
+    if resumed_at:
+        return f"Step: {count}, Resume Loss: {row['loss']:.4f} (global step {step})"
+    return f"Step: {step}, Train Loss: {row['loss']:.4f}"
 
 
 def loss_summary(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:

@@ -1,5 +1,6 @@
 """Opens a run: from its settings, or from one of its checkpoints."""
 
+import re
 import tempfile
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from workflow.training.directory import RunDirectory
 from workflow.training.resume import check_allowed
 from workflow.training.run import Run
 from workflow.training.trainer import Trainer
+
+Loaded = tuple[Path, dict[str, Any]]  # a checkpoint: its file and its contents
 
 
 def open_run(config: Config, reference, corpus: Corpus) -> Run:
@@ -47,16 +50,21 @@ def run_name(config: Config, reference, corpus: Corpus) -> str:
 
 
 def resume_run(
-    path: str | Path, config: Config, allow: Collection[str] = (), corpus: Corpus | None = None
+    path: str | Path | Loaded,
+    config: Config,
+    allow: Collection[str] = (),
+    corpus: Corpus | None = None,
 ) -> Run:
     """The run of a checkpoint, in new objects.
 
-    path: a checkpoint, or a folder for its newest one. If the run has later checkpoints, the newest
-    is loaded instead: no step is trained twice. allow: what may differ from the checkpoint; see
-    `resume.check_allowed`. corpus: the run's data; None: it is loaded again.
+    path: a checkpoint, or a folder for its newest one, or the result of `load_checkpoint`. If the
+    run has later checkpoints, the newest is loaded instead: no step is trained twice. allow: what
+    may differ from the checkpoint; see `resume.check_allowed`. corpus: the run's data; None: it is
+    loaded again. Raises CheckpointError if the file is not in a folder of `paths.checkpoints`.
     """
     check_allowed(allow)
-    path, state = load_checkpoint(config.paths.checkpoints, Path(path).resolve())
+    path, state = path if isinstance(path, tuple) else load_checkpoint(path)
+    check_place(path, config.paths.checkpoints)
     resumed_at = state["step"]
     with distributed.main_process_first(), ExitStack() as on_error:
         corpus = corpus or reload_corpus(config, path.parent, state)
@@ -95,22 +103,33 @@ def reload_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus
     return corpus
 
 
-def load_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint `path`, or the newest one of the folder `path`, with its state.
+def load_checkpoint(path: str | Path) -> Loaded:
+    """The checkpoint `path`, or the newest one of the folder `path`, with its state."""
+    path = Path(path).resolve()
+    if not path.is_dir():
+        return path, checkpoint.load(path)
+    if found := checkpoint.load_newest(path):
+        return found
+    raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
 
-    Raises CheckpointError if it is not in a folder of `checkpoints`.
-    """
-    if path.is_dir():
-        found = checkpoint.load_newest(path)
-        if found is None:
-            raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
-    else:
-        found = path, checkpoint.load(path)
-    if found[0].parent.parent != checkpoints.resolve():
-        place = found[0].parent.parent
+
+def check_place(path: Path, checkpoints: Path) -> None:
+    """Raises CheckpointError if a checkpoint is not in a run's folder in `checkpoints`."""
+    if (place := path.parent.parent) != checkpoints.resolve():
         fix = f"move its folder there, or add --set paths.checkpoints={place}"
-        raise CheckpointError(found[0], f"it is not in {checkpoints}", fix)
-    return found
+        raise CheckpointError(path, f"it is not in {checkpoints}", fix)
+
+
+def saved_settings(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint's run, for `load_config`.
+
+    Earlier releases saved only those that change numbers, and the profile in the run's name.
+    """
+    if "settings" in state:
+        return state["settings"]
+    profile = re.match(r"(.+)-[0-9a-f]{8}", path.parent.name)
+    tables = {name: state["config"].get(name, {}) for name in ("train", "data", "run")}
+    return tables | ({"profile": profile[1]} if profile else {})
 
 
 def initial_model(config: Config, reference) -> LlamaModel:

@@ -2,9 +2,12 @@
 
 import ast
 import hashlib
+import json
+import os
 import platform
 import random
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import zip_longest
@@ -115,10 +118,20 @@ def compare(path: Path, saved: State, now: State, allowed: Names = ()) -> list[s
     if forbidden:
         fix = "use the settings and files of the checkpoint"
         if all(key.startswith("train.") for key in keys):
-            fix += f", or allow each: --allow {keys[0]}"
-        both = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows]
-        raise CheckpointError(path, ", ".join(both), fix)
+            fix += f", or type: {allowing_command(path, keys, now['config']['train'])}"
+        both = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows[:3]]
+        more = f", and {len(rows) - 3} more" if len(rows) > 3 else ""
+        raise CheckpointError(path, ", ".join(both) + more, fix)
     return keys
+
+
+def allowing_command(path: Path, keys: Names, train: State) -> str:
+    """The command that resumes with other values of these keys of `train`."""
+    words = ["main.py", "resume", os.path.relpath(path.parent)]
+    for name in dict.fromkeys(key.split(".")[1] for key in keys):  # train.betas.0 is of betas
+        value = train[name] if isinstance(train[name], str) else json.dumps(train[name])
+        words += ["--set", f"train.{name}={value}", "--allow", f"train.{name}"]
+    return shlex.join(words)
 
 
 def restore(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from workflow.errors import CheckpointError
+from workflow.errors import CheckpointError, ConfigError
 from workflow.training import checkpoint, distributed, hardware
 from workflow.training.directory import RunDirectory
 from workflow.training.metrics import (
@@ -27,7 +27,6 @@ from workflow.training.metrics import (
     ProgressBar,
     StepTrace,
     origin,
-    replay_log,
 )
 from workflow.training.resume import environment
 from workflow.training.signals import DeferredSignals
@@ -61,6 +60,7 @@ class Run:
         self.folder = self.config.paths.runs / self.name  # of the log
         self.provenance = provenance | self.corpus.provenance
         print(self.corpus)
+        self._check_sample_fits()
         directory.check_free_space(self.config, sum(p.nbytes for p in trainer.model.parameters()))
         if loaded:
             self._load(*loaded, allowed)
@@ -93,9 +93,12 @@ class Run:
         self._flush_metrics()
         settings, done = self.config.train, self.global_step
         if done > max_steps or (done == max_steps and not self._validation_due(max_steps)):
-            rows = (r for r in self.logger.rows if self.resumed_at < r["step"] <= max_steps)
-            print(f"already at step {done}; replaying the log, {origin(self._code_since(1))}:")
-            replay_log(rows, settings, self.resumed_at)
+            since = self.resumed_at if self.resumed_at < max_steps else 0  # 0: the whole log
+            rows = (r for r in self.logger.rows if not since or since < r["step"])
+            rows = (row for row in rows if row["step"] <= max_steps)
+            where = f"it is at step {done}, {origin(self._code_since(1))}"
+            print(f"Nothing to train: run {self.name} is complete; replaying its log ({where}):")
+            self.progress.replay(rows, since, max_steps)
             return
         self._check_open()
         self._print_plan(max_steps)
@@ -112,7 +115,7 @@ class Run:
                     due = self.global_step % settings.checkpoint_every == 0
                     if due and self.global_step < max_steps:
                         self._write_checkpoint()
-                    self.signals.safe_point(self._write_checkpoint)
+                    self.signals.safe_point(self._stop)
                 self.logger.flush()
         finally:
             self.progress.bar.close()
@@ -154,11 +157,22 @@ class Run:
             self.logger.flush()
             here = environment(self.trainer.device, settings)
             about = {"reference": self.provenance, "environment": here}
+            about["settings"] = self.config.model_dump(mode="json")
             about["log"] = self.logger.fingerprint()
             state = self._expected_parts() | about | self.trainer.state_dict()
             milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
-            self.directory.save(state, settings.keep_checkpoints, milestones)
+            deleted = self.directory.save(state, settings.keep_checkpoints, milestones)
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
+            if deleted:
+                why = f"train.keep_checkpoints is {settings.keep_checkpoints}"
+                tqdm.write(f"Removed {', '.join(deleted)}: {why}", file=sys.stdout)
+
+    def _stop(self) -> None:
+        """Saves after Ctrl-C or SIGTERM."""
+        self._write_checkpoint()
+        saved = ", saved" if self.global_step else ""
+        how = "Continue: run the same command again."
+        tqdm.write(f"Stopped at step {self.global_step}{saved}. {how}", file=sys.stdout)
 
     def close(self) -> None:
         """Closes the log and unlocks the folder. A second call does nothing."""
@@ -240,10 +254,12 @@ class Run:
         """Computes and logs the validation loss, if it is due."""
         if self._validation_due(max_steps):
             alone = distributed.world_size() == 1  # a safe point needs all processes
-            stop = partial(self.signals.safe_point, self._write_checkpoint)
+            stop = partial(self.signals.safe_point, self._stop)
             loss = self.trainer.validation_loss(after_batch=stop if alone else lambda: None)
             self.logger.log_histograms(self.global_step, self.trainer.model)
-            self.logger.log({"step": self.global_step, "validation_loss": loss})
+            row = {"step": self.global_step, "validation_loss": loss}
+            self.logger.log(row)
+            self.progress.write(row)
 
     def _print_plan(self, max_steps: int) -> None:
         settings, steps = self.config.train, max_steps - self.global_step
@@ -254,9 +270,19 @@ class Run:
             f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} "
             f"parameters, {16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
+        if max_steps > (end := settings.schedule_steps):
+            print(f"Note: from step {end} on, the rate stays {settings.min_learning_rate:g}")
         hint = hardware.precision_hint(self.trainer.device, settings.precision, parameters)
         if hint and steps > 50:  # not for the smoke test and the resume
             print(hint)
+
+    def _check_sample_fits(self) -> None:
+        """Raises ConfigError if the first sample would fail, before hours of training."""
+        settings, context = self.config.sample, self.trainer.model.config.max_position_embeddings
+        prompt = len(self.corpus.tokenizer.encode(settings.prompt, add_special_tokens=False).ids)
+        if prompt + settings.new_tokens > context:
+            what = f"{settings.new_tokens} tokens after {prompt} of sample.prompt do not fit"
+            raise ConfigError("sample.new_tokens", f"{what}: the context is {context}", "lower it")
 
     def _check_open(self) -> None:
         self.trainer.check_usable()
