@@ -56,7 +56,7 @@ def resume_run(
     `resume.check_allowed`. corpus: the run's data; None: it is loaded again.
     """
     check_allowed(allow)
-    path, state = load_checkpoint(config.paths.checkpoints, Path(path).resolve())
+    path, state = load_checkpoint(config.paths.checkpoints, Path(path))
     resumed_at = state["step"]
     with distributed.main_process_first(), ExitStack() as on_error:
         corpus = corpus or reload_corpus(config, path.parent, state)
@@ -74,7 +74,7 @@ def resume_run(
 
 def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
     """Writes transformers' `tokenizer` next to the checkpoints, for a resume."""
-    last = "tokenizer.json"  # written last: if it exists, all files exist
+    last = checkpoint.TOKENIZER  # written last: if it exists, all files exist
     if directory.locked and not (directory.folder / last).is_file():
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -96,21 +96,17 @@ def reload_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus
 
 
 def load_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint `path`, or the newest one of the folder `path`, with its state.
+    """A checkpoint, and its state: see `checkpoint.find`. Its folder is in `checkpoints`.
 
-    Raises CheckpointError if it is not in a folder of `checkpoints`.
+    Raises CheckpointError if it is not. Both folders can be links.
     """
-    if path.is_dir():
-        found = checkpoint.load_newest(path)
-        if found is None:
-            raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
-    else:
-        found = path, checkpoint.load(path)
-    if found[0].parent.parent != checkpoints.resolve():
-        place = found[0].parent.parent
-        fix = f"move its folder there, or add --set paths.checkpoints={place}"
-        raise CheckpointError(found[0], f"it is not in {checkpoints}", fix)
-    return found
+    path, state = checkpoint.find(path, checkpoints)
+    folder = path.parent.resolve()
+    for run in checkpoints.glob("*"):
+        if run.resolve() == folder:
+            return run / path.name, state
+    fix = f"move its folder there, or add --set paths.checkpoints={folder.parent}"
+    raise CheckpointError(path, f"it is not in {checkpoints}", fix)
 
 
 def initial_model(config: Config, reference) -> LlamaModel:

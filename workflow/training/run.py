@@ -17,10 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from workflow.config.load import dump_yaml
 from workflow.errors import CheckpointError
+from workflow.files import write_text_atomic
 from workflow.training import checkpoint, distributed, hardware
 from workflow.training.directory import RunDirectory
 from workflow.training.metrics import (
+    FOLDER_KEY,
+    SETTINGS_FILE,
     InMemoryLogger,
     MetricsLogger,
     ProgressBar,
@@ -201,6 +205,8 @@ class Run:
         logger = MetricsLogger(self.folder, self.global_step, provenance, settings)
         if not self.global_step:
             (self.folder / UNINTERRUPTED_FILE).unlink(missing_ok=True)
+        in_force = dump_yaml(self.config.values_in_force())
+        write_text_atomic(self.folder / SETTINGS_FILE, in_force, FOLDER_KEY)
         return logger
 
     def _flush_metrics(self) -> None:
