@@ -15,6 +15,7 @@ from workflow.files import weights_sha256
 from workflow.reference.gguf_file import write_gguf
 from workflow.reference.load import hf_config
 
+LOCAL_KEYS = ("is_local", "local_files_only")  # how this process loaded the tokenizer
 CARD = """\
 ---
 library_name: transformers
@@ -89,8 +90,10 @@ def write_folder(model: LlamaModel, tokenizer, folder: Path) -> None:
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings = {key: settings[key] for key in settings if key not in LOCAL_KEYS}
     # transformers 4 does not know the class that transformers 5 writes; 5 knows both
-    settings = json.loads(file.read_text("utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copymode(file, folder / "model.safetensors")  # safetensors ignores the umask
 

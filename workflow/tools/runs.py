@@ -50,10 +50,10 @@ def read_run(folder: Path) -> RunRecord:
     row = models.get(settings["train"]["model"] or settings["model"]) if settings else None
     settings |= {"architecture": row["architecture"]} if row else {}
     hashes = {f"{key} (sha256)": provenance.get(f"{key}_sha256") for key in ("text", "weights")}
-    flat = {k: v for k, v in flatten(settings) if k.partition(".")[0] not in OTHER_TABLES}
+    settings = {key: value for key, value in settings.items() if key not in OTHER_TABLES}
     opened = datetime.fromtimestamp(log.stat().st_mtime, UTC).isoformat()
     began = next((row["began"] for row in rows if "began" in row), opened)
-    flat |= hashes if flat else {}
+    flat = dict(flatten(settings | hashes)) if settings else {}
     record = RunRecord(folder.name, str(began), flat, str(provenance["text"]), rows)
     record.last("loss"), record.last("validation_loss")  # an error for what is not a number
     return record
@@ -138,6 +138,6 @@ def comparison(folder: Path, one: RunRecord, other: RunRecord) -> str:
     heading = ("", one.name, other.name)
     keys = {"loss": "last training loss", "validation_loss": "last held-out loss"}
     losses = [(words, one.last(key), other.last(key)) for key, words in keys.items()]
-    table = aligned([heading, *losses, *differences(one, other)])
     missing = [f"{r.name} has no {SETTINGS_FILE}" for r in (one, other) if not r.settings]
+    table = aligned([heading, *losses, *([] if missing else differences(one, other))])
     return "\n".join([table, *missing, f"Wrote {path}"])

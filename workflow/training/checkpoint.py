@@ -259,8 +259,8 @@ def find(path: Path, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
                 return found
         if path.is_dir():
             raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
-    places = (place for place in (path, path.resolve()) if (place.parent / TOKENIZER).is_file())
-    path = next(places, path)
+    while path.is_symlink() and path.is_file() and not (path.parent / TOKENIZER).is_file():
+        path = path.parent / path.readlink()
     return path, load(path)
 
 
