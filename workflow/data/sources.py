@@ -102,6 +102,8 @@ def find_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
     with tempfile.TemporaryDirectory() as temporary:
         copies, root = {}, Path(temporary).resolve()
         for file in matching_files(folder, ["*"]):
+            if file.suffix.lower() == ".zip":  # `datasets` would open it
+                continue
             stem, dot, extensions = file.name.partition(".")
             copy = root / file.relative_to(folder).with_name(stem + dot + extensions.lower())
             copies[str(copy)] = file

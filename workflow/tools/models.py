@@ -1,5 +1,6 @@
 """Opens a model by a name that a user types."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,14 +20,14 @@ def open_reference(config: Config) -> Reference:
 def open_model(name: str, config: Config):
     """Model, tokenizer (of transformers), and provenance.
 
-    name: `reference`, a folder in Hugging Face format, a checkpoint, or a run: see
-    `training.load_checkpoint`. Raises WorkflowError.
+    name: `reference`, a folder in Hugging Face format, or a checkpoint or run: see
+    `checkpoint.find`. Raises WorkflowError.
     """
     if name == REFERENCE:
         reference = open_reference(config)
         return proof.copy_reference(reference), reference.tokenizer, asdict(reference.provenance)
     path = Path(name)
-    if (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         return load_exported(path)
     try:
         return training.load_model(path, config.paths.checkpoints)

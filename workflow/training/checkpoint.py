@@ -5,6 +5,7 @@ the list of the archive's records, the CRC of each record (torch checks none), w
 calls, the contents, their digest, and NaN. `torch.load` runs with `weights_only=True`.
 """
 
+import os
 import pickletools
 import re
 import zipfile
@@ -253,11 +254,11 @@ def find(path: Path, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
     is in `checkpoints`. The path is that of a file next to the run's tokenizer, not of a link to
     it. Raises CheckpointError.
     """
-    if not path.is_file():
-        for folder in (path, checkpoints / path.name):
+    if not os.path.isfile(path):  # Path.is_file can raise for an invalid name
+        for folder in filter(os.path.isdir, (path, checkpoints / path.name)):
             if found := load_newest(folder):
                 return found
-        if path.is_dir():
+        if os.path.isdir(path):
             raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
     while path.is_symlink() and path.is_file() and not (path.parent / TOKENIZER).is_file():
         path = path.parent / path.readlink()
