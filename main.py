@@ -20,21 +20,20 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 from workflow import analysis, proof, training
 from workflow.config import Config, OneLineParser, at_least, load_config
 from workflow.data import load_corpus, read_text
-from workflow.errors import ForeignError, WorkflowError, one_line_errors
+from workflow.errors import WorkflowError, one_line_errors
 from workflow.proof import mutations
 from workflow.reference import export as export_model
-from workflow.reference import load_reference
+from workflow.tools import models
 from workflow.training import distributed
 from workflow.training.signals import raise_on_sigterm
 
-REFERENCE = "reference"  # instead of a checkpoint: the original's weights
+MODEL_WORDS = "a checkpoint file, a run's folder (its newest one), or an exported folder"
 
 # --- the commands; the docstring of each is its help ----------------------------------------------
 
@@ -198,8 +197,24 @@ def bench(arguments: Namespace) -> None:
         print(bench.report(config, rounds, arguments.only))
 
 
+def runs(arguments: Namespace) -> None:
+    """List the runs, or compare two of them.
+
+    The list shows what differs from the run before. With two names, the losses are
+    drawn in one picture, and the settings that differ are printed.
+
+    example:
+      python main.py runs
+    """
+    from workflow.tools import runs  # matplotlib: seconds that other commands do not need
+
+    settings = load_config(profile=arguments.profile, overrides=arguments.set)
+    print(runs.report(settings.paths.runs, arguments.names))
+
+
 COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
-COMMANDS |= {"generate": generate, "evaluate": evaluate, "export": export, "bench": bench}
+COMMANDS |= {"runs": runs, "generate": generate, "evaluate": evaluate, "export": export}
+COMMANDS |= {"bench": bench}
 
 
 def configure(arguments: Namespace, saved: dict | None = None) -> Config:
@@ -210,21 +225,13 @@ def configure(arguments: Namespace, saved: dict | None = None) -> Config:
 
 def open_reference(arguments: Namespace):
     config = configure(arguments)
-    source, cache = config.reference.source, config.paths.cache
-    return load_reference(source, config.model_entry, cache=cache), config
+    return models.open_reference(config), config
 
 
 def open_model(arguments: Namespace):
     """Model, tokenizer (of transformers), provenance, and the settings."""
-    if arguments.checkpoint == REFERENCE:
-        reference, config = open_reference(arguments)
-        model, provenance = proof.copy_reference(reference), asdict(reference.provenance)
-        return model, reference.tokenizer, provenance, config
-    try:
-        return *training.load_model(Path(arguments.checkpoint)), configure(arguments)
-    except ForeignError as error:
-        reference, config = open_reference(arguments)
-        return *training.load_foreign_model(error, reference), config
+    config = configure(arguments)
+    return *models.open_model(arguments.checkpoint, config), config
 
 
 def train_until(max_steps: int, run, config: Config) -> None:
@@ -275,7 +282,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "generate":
         add_generate_options(parser)
     elif command in ("evaluate", "export"):
-        words = "a checkpoint file, or `reference`: the original model"
+        words = f"{MODEL_WORDS}, or `reference`: the original"
         add("checkpoint", metavar="CHECKPOINT", help=words)
     if command == "evaluate":
         add("--data", metavar="TEXT", type=Path, required=True, help="a UTF-8 text file")
@@ -288,6 +295,9 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "export":
         add("folder", metavar="FOLDER", type=Path, help="a new or an empty folder")
         add("--gguf", choices=("F32", "F16", "Q8_0"), help="also write GGUF (default: none)")
+    elif command == "runs":
+        words = "two runs to compare, by name or folder (default: list all)"
+        add("names", metavar="RUN", nargs="*", help=words)
     elif command == "bench":
         add("--rounds", metavar="N", type=at_least(1), default=7, help="repetitions (default: 7)")
         add = parser.add_mutually_exclusive_group().add_argument
@@ -300,8 +310,8 @@ def add_generate_options(parser: ArgumentParser) -> None:
     add, flag = parser.add_argument, {"action": "store_true"}
     words = "the text to continue; - reads stdin (default: -)"
     add("prompt", metavar="PROMPT", nargs="?", default="-", help=words)
-    words = "a checkpoint file (default: reference, the original)"
-    add("--checkpoint", metavar="FILE", default=REFERENCE, help=words)
+    words = f"{MODEL_WORDS} (default: reference, the original)"
+    add("--checkpoint", metavar="PATH", default=models.REFERENCE, help=words)
     add("--bf16", **flag, help="weights in bfloat16: faster, less exact")
     add("--chat", **flag, help="PROMPT is a user's message; needs an Instruct model")
     words = "at most N new tokens (default: 64)"

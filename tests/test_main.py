@@ -156,6 +156,28 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
         exported = AutoModelForCausalLM.from_pretrained(project / "out")
         assert torch.equal(exported(ids).logits, model(ids))
     assert "error: out: it exists" in refused(2, "export", str(trained), "out")
+    measure = ("--data", "input.txt", "--window", "64", "--windows", "4")
+    run = trained.parent
+    for name, path in (("run", run), ("one.pt", trained)):
+        (project / name).symlink_to(path)
+    paths = ("out", "run", "one.pt", str(trained), str(run), f"runs/{run.name}", run.name)
+    results = {here("evaluate", path, *measure)[1].splitlines()[-1] for path in paths}
+    assert len(results) == 1 and "loss" in results.pop()
+    assert here("generate", "Once", "--tokens", "2", "--checkpoint", "out")[0] == 0
+
+
+def test_a_run_is_resumed_through_links(here, trained, project):
+    """The folder of the run is on another disk, and the checkpoint has a link in a third place."""
+    run, folder = trained.parent, project / "disk" / "any"
+    folder.parent.mkdir()
+    run.rename(folder).joinpath(trained.name).rename(folder.parent / "one.pt")
+    run.symlink_to(folder)
+    trained.symlink_to(folder.parent / "one.pt")
+    (project / "best.pt").symlink_to(trained)
+    for path in (str(trained), "disk/any", "best.pt"):
+        code, _, error = here("resume", path, settings=SHORT)
+        assert code == 0, error
+        assert [file.name for file in (project / "runs").iterdir()] == [run.name]
 
 
 @pytest.mark.parametrize(

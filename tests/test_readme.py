@@ -33,6 +33,7 @@ SHOWN = {  # what a command prints when it has succeeded
     "train": "=== Generation @ step 20 ===",
     "resume": "=== Generation @ step 25 ===",
     "generate": "Once upon a time,",
+    "runs": "held out",
     "evaluate": "windows of 64 tokens",
     "export": "Wrote my-model: README.md config.json",
 }
@@ -78,9 +79,9 @@ def test_the_command_works(line, trained, here, project):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_python_code_works(program, here, project, capsys):
+def test_the_python_code_works(program, trained, here, project, capsys):
     here("export", "reference", "my-model")
-    (project / "program.py").write_text(program, "utf-8")
+    (project / "program.py").write_text(program.replace("RUN", trained.parent.name), "utf-8")
     runpy.run_path(str(project / "program.py"))
     assert len(capsys.readouterr().out) > 20
 

@@ -1,6 +1,7 @@
 """Loads the settings: the YAML file, then a profile, then overrides."""
 
 import difflib
+import io
 import json
 import os
 import re
@@ -112,6 +113,14 @@ def parse_yaml(text: str, where: str) -> Any:
         place = f"{where}, line {mark.line + 1}" if mark else where
         what = f"this is not valid YAML here: {getattr(error, 'problem', None) or error}"
         raise ConfigError(place, what, "fix that line") from None
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """The opposite of `parse_yaml`, with the keys in their order."""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(values, text)
+    return text.getvalue()
 
 
 def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[str, str]:

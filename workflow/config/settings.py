@@ -264,6 +264,12 @@ class Config(Section):
         row = self.models[self.train_model].model_dump(mode="json")
         return plain | {"architecture": row["architecture"]}
 
+    def values_in_force(self) -> dict[str, Any]:
+        """All settings as plain values. Of `models:`, only the rows in use."""
+        values = self.model_dump(mode="json")
+        used = dict.fromkeys((self.model, self.train_model))
+        return values | {"models": {row: values["models"][row] for row in used}}
+
     def run_name(self, *hashes: str) -> str:
         """`run.name`; for `auto`, the profile and a hash of settings, data and weights."""
         if self.run.name != "auto":

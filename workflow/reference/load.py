@@ -15,7 +15,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from SmolLm3 import ModelConfig
+from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
 from workflow.config.settings import ModelEntry
 from workflow.errors import ConfigError, SourceError
 from workflow.files import DAY, disk_error, disk_errors, remove_temporary_files, weights_sha256
@@ -101,12 +101,8 @@ def load_reference(
     else:
         folder, origin, name, revision = find_model(source, entry, cache)
         model, tokenizer, config = load_folder(folder, entry, origin)
-    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
-    tokenizer.backend_tokenizer.no_padding()
+    check_tokenizer(tokenizer, config, name)
     model.requires_grad_(False).eval()
-    if (tokens := len(tokenizer)) > config.vocab_size:  # the last tokens would have no embedding
-        what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
-        raise ConfigError(name, what, "use the model's own tokenizer")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
     return Reference(model, tokenizer, config, provenance, entry, folder)
@@ -114,17 +110,11 @@ def load_reference(
 
 def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module, Any, ModelConfig]:
     """Model, tokenizer and architecture. Raises SourceError if the model is not what is stored."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
 
-    check_config(folder / "config.json")
-    with readable(folder / "config.json"):
-        hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+    hf = read_config(folder)
     config = check_architecture(entry.architecture, hf, origin)
-    with readable(folder / "tokenizer.json"):
-        # not AutoTokenizer: the released tokenizer_config.json names GPT2Tokenizer; for this class
-        # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    stored = read_weights(folder, config)
+    tokenizer, stored = read_tokenizer(folder), read_weights(folder, config)
     check_weights(stored, config, folder)
     hf.return_dict = True  # config.json can have this key and that of the attention
     options = {"config": hf, "dtype": torch.float32, "attn_implementation": "sdpa"}
@@ -132,6 +122,48 @@ def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
     check_equal(model, stored, folder)
     return model, tokenizer, config
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of a folder."""
+    from transformers import AutoConfig
+
+    check_config(folder / "config.json")
+    with readable(folder / "config.json"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    with readable(folder / "tokenizer.json"):
+        # not AutoTokenizer: the released tokenizer_config.json names GPT2Tokenizer; for this class
+        # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig, name: str) -> None:
+    """Switches off truncation and padding. Raises ConfigError if a token has no embedding."""
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
+    tokenizer.backend_tokenizer.no_padding()
+    if (tokens := len(tokenizer)) > config.vocab_size:
+        what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
+        raise ConfigError(name, what, "use the model's own tokenizer")
+
+
+def load_exported(folder: Path) -> tuple[LlamaModel, Any, dict[str, str]]:
+    """Model, tokenizer and provenance of a Hugging Face folder of any architecture that fits.
+
+    Unlike `load_reference`, it needs no row of `models:`, and no model of transformers.
+    """
+    hf = read_config(folder)
+    config = architecture_of(hf, folder)
+    tokenizer, weights = read_tokenizer(folder), read_weights(folder, config)
+    check_weights(weights, config, folder)
+    check_tokenizer(tokenizer, config, folder)
+    model = LlamaModel(config)
+    load_hf_weights(model, weights)
+    return model.eval(), tokenizer, {"name": folder.absolute().name, "folder": str(folder)}
 
 
 def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
@@ -310,13 +342,16 @@ def check_architecture(row: ModelConfig, config: Any, origin: str) -> ModelConfi
 
     Raises SourceError if `LlamaModel` does not support it.
     """
-    try:
-        source = ModelConfig.from_hf(config)
-    except (ValueError, TypeError) as error:
-        where = f"config of the {origin}"
-        raise SourceError(where, str(error), "choose a Llama model") from error
+    source = architecture_of(config, f"config of the {origin}")
     rows = [values for *values, equal in compare_configs(row, source) if not equal]
     if rows:
         what = ", ".join(f"{key} is {a} in the YAML and {b} in the source" for key, a, b in rows)
         raise ConfigError("models", what, "correct the row, or choose another source")
     return source
+
+
+def architecture_of(config: Any, where: object) -> ModelConfig:
+    try:
+        return ModelConfig.from_hf(config)
+    except (ValueError, TypeError) as error:
+        raise SourceError(where, str(error), "choose a Llama model") from error

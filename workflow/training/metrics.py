@@ -23,6 +23,7 @@ from workflow.files import disk_errors, remove_temporary_files, sha256_of, write
 from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
+METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "settings.yaml"  # in the folder of a run
 ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once in a log
 # TensorBoard's names of values; the other values have the same name there
 TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
@@ -120,7 +121,7 @@ class MetricsLogger(InMemoryLogger):
         settings: Mapping,
         logged: Mapping | None = None,
     ):
-        self.folder, file = folder, folder / "metrics.jsonl"
+        self.folder, file = folder, folder / METRICS_FILE
         self._start_time = datetime.now(UTC).isoformat(timespec="seconds")
         with disk_errors(folder, FOLDER_KEY):
             folder.mkdir(parents=True, exist_ok=True)

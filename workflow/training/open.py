@@ -63,8 +63,9 @@ def resume_run(
     loaded again. Raises CheckpointError if the file is not in a folder of `paths.checkpoints`.
     """
     check_allowed(allow)
-    path, state = path if isinstance(path, tuple) else load_checkpoint(path)
-    check_place(path, config.paths.checkpoints)
+    if not isinstance(path, tuple):
+        path = load_checkpoint(path, config.paths.checkpoints)
+    path, state = path_in(config.paths.checkpoints, path[0]), path[1]
     resumed_at = state["step"]
     with distributed.main_process_first(), ExitStack() as on_error:
         corpus = corpus or reload_corpus(config, path.parent, state)
@@ -82,7 +83,7 @@ def resume_run(
 
 def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
     """Writes transformers' `tokenizer` next to the checkpoints, for a resume."""
-    last = "tokenizer.json"  # written last: if it exists, all files exist
+    last = checkpoint.TOKENIZER  # written last: if it exists, all files exist
     if directory.locked and not (directory.folder / last).is_file():
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -103,21 +104,22 @@ def reload_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus
     return corpus
 
 
-def load_checkpoint(path: str | Path) -> Loaded:
-    """The checkpoint `path`, or the newest one of the folder `path`, with its state."""
-    path = Path(path).resolve()
-    if not path.is_dir():
-        return path, checkpoint.load(path)
-    if found := checkpoint.load_newest(path):
-        return found
-    raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
+def load_checkpoint(path: str | Path, checkpoints: Path = Path("checkpoints")) -> Loaded:
+    """A checkpoint, or the newest one of a run, with its state: see `checkpoint.find`."""
+    return checkpoint.find(Path(path), checkpoints)
 
 
-def check_place(path: Path, checkpoints: Path) -> None:
-    """Raises CheckpointError if a checkpoint is not in a run's folder in `checkpoints`."""
-    if (place := path.parent.parent) != checkpoints.resolve():
-        fix = f"move its folder there, or add --set paths.checkpoints={place}"
-        raise CheckpointError(path, f"it is not in {checkpoints}", fix)
+def path_in(checkpoints: Path, path: Path) -> Path:
+    """The path of a checkpoint in a run's folder in `checkpoints`. Both folders can be links.
+
+    Raises CheckpointError if it is in another folder.
+    """
+    folder = path.parent.resolve()
+    for run in checkpoints.glob("*"):
+        if run.resolve() == folder:
+            return run / path.name
+    fix = f"move its folder there, or add --set paths.checkpoints={folder.parent}"
+    raise CheckpointError(path, f"it is not in {checkpoints}", fix)
 
 
 def saved_settings(path: Path, state: dict[str, Any]) -> dict[str, Any]:

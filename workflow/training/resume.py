@@ -226,11 +226,16 @@ def load_weights(
         raise CheckpointError(path, ", ".join(problems[:6]) + more, fix)
 
 
-def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
-    """The model of a checkpoint, its tokenizer (from transformers) and their provenance."""
+def load_model(
+    path: Path, checkpoints: Path = Path("checkpoints")
+) -> tuple[LlamaModel, Any, dict[str, Any]]:
+    """The model of a checkpoint, its tokenizer (from transformers) and their provenance.
+
+    path and checkpoints: see `checkpoint.find`.
+    """
     from transformers import PreTrainedTokenizerFast  # takes 3 s, and training does not need it
 
-    state = checkpoint.load(path)
+    path, state = checkpoint.find(path, checkpoints)
     model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
     load_weights(model, state["model"], path, [torch.float32])
     checkpoint.load_tokenizer(path.parent)  # checks the file first: its errors are one line

@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from workflow.config.load import dump_yaml
 from workflow.errors import CheckpointError, ConfigError
+from workflow.files import write_text_atomic
 from workflow.training import checkpoint, distributed, hardware
 from workflow.training.directory import RunDirectory
 from workflow.training.metrics import (
+    FOLDER_KEY,
+    SETTINGS_FILE,
     InMemoryLogger,
     MetricsLogger,
     ProgressBar,
@@ -157,7 +161,7 @@ class Run:
             self.logger.flush()
             here = environment(self.trainer.device, settings)
             about = {"reference": self.provenance, "environment": here}
-            about["settings"] = self.config.model_dump(mode="json")
+            about["settings"] = self.config.values_in_force()
             about["log"] = self.logger.fingerprint()
             state = self._expected_parts() | about | self.trainer.state_dict()
             milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
@@ -226,6 +230,8 @@ class Run:
         logger = MetricsLogger(self.folder, self.global_step, provenance, settings, logged)
         if not self.global_step:
             (self.folder / UNINTERRUPTED_FILE).unlink(missing_ok=True)
+        in_force = dump_yaml(self.config.values_in_force())
+        write_text_atomic(self.folder / SETTINGS_FILE, in_force, FOLDER_KEY)
         return logger
 
     def _flush_metrics(self) -> None:
