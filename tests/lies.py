@@ -37,7 +37,7 @@ from workflow.data import load_corpus
 from workflow.errors import WorkflowError
 from workflow.proof import copy_reference
 from workflow.reference import Reference, export, load_reference, unequal_tensors
-from workflow.reference.load import repair_tokenizer
+from workflow.reference.wheel import repair_tokenizer
 from workflow.training import continue_uninterrupted, open_run, resume_run, smoke_test
 
 Lie = tuple[str, Callable[[Path], object]]  # what must be named, and what changes a folder

@@ -15,7 +15,8 @@ from test_family import MODELS, shrunk
 from workflow.errors import WorkflowError
 from workflow.reference.export import export
 from workflow.reference.gguf_file import read_gguf
-from workflow.reference.load import load_exported, repair_tokenizer
+from workflow.reference.load import load_exported
+from workflow.reference.wheel import repair_tokenizer
 
 
 def small_model(name: str, **changes) -> LlamaModel:
