@@ -66,7 +66,6 @@ def verify(arguments: Namespace) -> int:
     """
     candidate = arguments.candidate or arguments.candidate_logits
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        proof.announce(candidate)
         reference, config = open_reference(arguments)
         settings = config.proof.model_copy(update={"quick": arguments.quick})
         text, _ = read_text(config.data.fallback_text)

@@ -109,7 +109,7 @@ def test_a_wrong_config_is_named(wide_reference):
 @pytest.mark.parametrize(
     ("check", "passed", "value", "line"),
     [
-        (Check("logits match", 1e-5), True, 1e-5, "1.00e-05  <= 0.0001 passed"),
+        (Check("logits match", 1e-5), True, 1e-5, "1.00e-05  <= 0.0001  passed"),
         (Check("loss matches", 0.5, "too far"), False, 0.5, "FAILED   too far"),
         (Check("argmax agrees with llama.cpp", None, "no file"), None, None, "skipped  no file"),
         (Check("argmax agrees with llama.cpp", 0.94), False, 0.94, ">= 0.95"),
@@ -119,7 +119,7 @@ def test_a_wrong_config_is_named(wide_reference):
 )
 def test_a_result_as_value_line_and_json(check, passed, value, line):
     assert check.passed is passed
-    assert line in " ".join(str(check).split("\n" + " " * 68))
+    assert line in " ".join(str(check).split("\n" + " " * 69))
     (row,) = json.loads(json.dumps(checks_to_json([check]), allow_nan=False))
     assert (row["passed"], row["value"], row["bound"]) == (passed, value, BOUNDS[check.name][1])
 

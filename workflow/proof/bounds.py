@@ -50,7 +50,7 @@ BOUNDS: dict[str, tuple[str, float]] = {
 # Somebody else's model may add numbers in another order. transformers does so too: its eager
 # attention is off its SDPA by some 1e-4 (logits of SmolLM2-135M), from the sums of attention alone.
 # Other sums in norms, rotation and matrix products make it a few times as much. The smallest known
-# mistake, another eps, makes it 400 times as much. A bound is ROUNDING times this distance.
+# mistake, another eps, makes it 100 times as much. A bound is ROUNDING times this distance.
 ROUNDING = 10.0
 NO_STATE = "no module of the model gives this state"
 RELATIONS = {"=": operator.eq, "<=": operator.le, ">=": operator.ge}
@@ -87,11 +87,11 @@ class Check:
         value = "-" if self.value is None else self.value
         value = f"{value:.2e}" if isinstance(value, float) else str(value)
         result = {True: "passed", False: "FAILED", None: "skipped"}[self.passed]
-        return self.name, value, f"{sign:>2} {self.bound:.3g}", result, self.detail
+        return self.name, value, f"{sign:>2} {self.bound:.2g}", result, self.detail
 
     def __str__(self) -> str:
-        line = "{:<38}{:>9}  {:<10}{:<9}{}".format(*self.cells())
-        return "\n".join(textwrap.wrap(line, 118, subsequent_indent=" " * 68))
+        line = "{:<38}{:>9}  {:<11}{:<9}{}".format(*self.cells())
+        return "\n".join(textwrap.wrap(line, 118, subsequent_indent=" " * 69))
 
 
 def rounding_bound(name: str, distance: float) -> float:

@@ -69,7 +69,7 @@ def verify(
 
 def print_checks(comparison: Comparison) -> list[Check]:
     checks, start = [], time.perf_counter()
-    print(f"{'check':<38}{'value':>9}  {'bound':<10}result")
+    print(f"{'check':<38}{'value':>9}  {'bound':<11}result")
     for check in run_checks(comparison):
         checks.append(check)
         print(check)

@@ -142,25 +142,19 @@ class Verdict:
         }
 
 
-def announce(file: Path | None) -> None:
-    """Says that a candidate is executed, before anything else. Raises ConfigError if it is absent."""
-    if file and not file.is_file():
-        raise ConfigError(file, "there is no such file", "name a Python or .npz file")
-    if file and file.suffix != ".npz":
-        print(f"{file} is EXECUTED now, with your rights: check only code that you trust")
-
-
-def judge(file: Path, reference: Reference, settings: ProofSettings, text: str) -> Verdict:
+def judge(file: Path | str, reference: Reference, settings: ProofSettings, text: str) -> Verdict:
     """Runs all checks on a candidate, a Python file or logits in an .npz file; prints the verdict.
 
     text: for the long texts. Raises WorkflowError if the file cannot be used.
     """
-    copy = load_copy(reference)
+    copy, file = load_copy(reference), Path(file)
+    if not file.is_file():
+        raise ConfigError(file, "there is no such file", "name a Python or .npz file")
     if file.suffix == ".npz":
         inputs = logit_inputs(reference, copy, settings)
         subject = RecordedLogits(file, inputs, reference.config.vocab_size)
     else:
-        longest = 364 if settings.quick else 2048  # 300 tokens of a prompt, and new ones
+        longest = 512 if settings.quick else 2048  # tokens that the checks need
         subject = load_candidate(file, reference, longest)
     comparison = Comparison(subject, reference, copy, settings, text)
     verdict = Verdict(str(file), print_checks(comparison))

@@ -179,7 +179,7 @@ def match_head(
     found, used = translate(HEAD, rules)
     (embedding,) = match.slots[EMBEDDING]
     if found not in own:
-        match.head = "the head is the embedding, or not a parameter"
+        match.head = "the head has no tensor of its own"
     elif parameters[own[found]] is parameters[embedding.name]:
         match.head = "the head is tied"
     else:
