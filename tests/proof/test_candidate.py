@@ -17,7 +17,9 @@ from SmolLm3 import ModelConfig
 from workflow import proof
 from workflow.config import load_config
 from workflow.proof import mistakes as m
-from workflow.proof.diagnosis import FIXES, NOT_BY_STATE
+from workflow.proof.candidate import load_candidate
+from workflow.proof.compared import Comparison, load_copy
+from workflow.proof.diagnosis import FIXES, NOT_BY_STATE, diagnose
 from workflow.proof.names import match_names
 from workflow.reference import load_reference
 
@@ -39,6 +41,9 @@ def variant(**options) -> str:
 
 
 FIXED_EXAMPLE = EXAMPLE.replace("torch.stack([-x[..., 1::2]", f"{TURNED}[")
+THREE = {"pairs": "neighbours", "over": 1}
+UNSCALED = {**THREE, "scale": "none"}
+ALL_THREE = (m.INTERLEAVED, m.OVER_HEADS, m.THETA)
 RIGHT = {  # (source, words about the head)
     "other names and order of sums": (variant(), "the head is tied"),
     "untied head": (variant(tied=False), "the head is NOT tied"),
@@ -48,33 +53,18 @@ RIGHT = {  # (source, words about the head)
 }
 WRONG = {  # (options, mistakes, place, position)
     "interleaved": ({"pairs": "neighbours"}, (m.INTERLEAVED,), ATTENTION, 1),
-    "no rotation": (
-        {"pairs": "neighbours, half-split angles"},
-        (m.NEIGHBOURS,),
-        ATTENTION,
-        1,
-    ),
+    "no rotation": ({"pairs": "no rotation"}, (m.NEIGHBOURS,), ATTENTION, 1),
     "over heads": ({"over": 1}, (m.OVER_HEADS,), ATTENTION, 1),
     "theta": ({"theta": 1e5}, (m.THETA,), ATTENTION, 1),
-    "three": (
-        {"pairs": "neighbours", "over": 1, "theta": 1e5},
-        (m.INTERLEAVED, m.OVER_HEADS, m.THETA),
-        ATTENTION,
-        1,
-    ),
-    "with another": (
-        {"pairs": "neighbours", "scale": "none"},
-        (m.INTERLEAVED, m.UNSCALED),
-        ATTENTION,
-        1,
-    ),
+    "three": (THREE | {"theta": 1e5}, ALL_THREE, ATTENTION, 1),
+    "with another": (UNSCALED, (m.INTERLEAVED, m.OVER_HEADS, m.UNSCALED), ATTENTION, 1),
     "never rotated": ({"pairs": "none"}, (m.NO_ROPE,), ATTENTION, 1),
     "unscaled": ({"scale": "none"}, (m.UNSCALED,), ATTENTION, 1),
     "scaled by all": ({"scale": "all heads"}, (m.SCALED_BY_ALL,), ATTENTION, 1),
     "repeat": ({"share": "repeat"}, (m.REPEAT,), ATTENTION, 0),
     "no mask": ({"mask": None}, (m.NO_MASK,), ATTENTION, 0),
     "added mask": ({"mask": "added"}, (m.ADDED_MASK,), ATTENTION, 0),
-    "dropout": ({"dropout": 0.1}, (m.DROPOUT,), ATTENTION, 0),
+    "dropout": ({"dropout": 0.1}, (m.DROPOUT,), ATTENTION, ""),  # at another position each time
     "eps": ({"eps": 1e-6}, (m.EPS,), NORM, 0),
     "mean": ({"mean": True}, (m.MEAN,), NORM, 0),
     "norm after": ({"after": True}, (m.NORM_AFTER,), NORM, 0),
@@ -128,7 +118,7 @@ def test_a_right_model_passes(source, head, judge, capsys):
 def test_a_mistake_is_found_and_named(options, mistakes, place, position, judge):
     verdict = judge(variant(**options))
     assert "NOT the original" in str(verdict)
-    assert str(verdict.difference).startswith(f"{place}, from position {position} on")
+    assert str(verdict.difference).startswith(f"{place}, from position {position}")
     assert verdict.mistakes == mistakes
     assert verdict.only == (bool(mistakes) and mistakes != (m.DROPOUT,))
     assert ("No known mistake gives this state." in str(verdict)) == (not mistakes)
@@ -265,6 +255,39 @@ def test_logits_from_a_file_are_judged(here, tmp_path, project):
     assert verdict["first_difference"]["state"] == "logits"
     np.savez(outputs, text=logits["text"][1:])
     assert (
-        "text has shape (299, 257), it needs (300, 257)"
+        "text has shape (299, 257), not (300, 257)"
         in here("verify", "--candidate-logits", str(outputs))[2]
     )
+
+
+# --- the real weights ---
+
+REAL = {  # (loss on the first 512 tokens of input.txt, mistakes, place, position)
+    "truth": ({}, 4.2409, (), "", None),
+    "no rotation": ({"pairs": "no rotation"}, 5.5805, (m.NEIGHBOURS,), ATTENTION, 1),
+    "three": (THREE | {"theta": 1e4}, 6.2155, ALL_THREE, ATTENTION, 1),
+    "theta": ({"theta": 1e4}, 4.3881, (m.THETA,), ATTENTION, 1),
+    "repeat": ({"share": "repeat"}, 12.7005, (m.REPEAT,), ATTENTION, 0),
+    "scaled by all": ({"scale": "all heads"}, 6.9270, (m.SCALED_BY_ALL,), ATTENTION, 1),
+    "mean": ({"mean": True}, 4.2835, (m.MEAN,), NORM, 0),
+    "SiLU": ({"silu": "up"}, 19.2263, (m.SILU,), MLP, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "loss", "mistakes", "place", "position"), REAL.values(), ids=REAL
+)
+def test_known_losses_of_the_real_weights(
+    options, loss, mistakes, place, position, candidate, smollm2
+):
+    subject = load_candidate(candidate(variant(**options)), smollm2, 512)
+    text = (ROOT / "input.txt").read_text("utf-8")
+    ids = torch.tensor([smollm2.tokenizer(text[:4000]).input_ids[:512]])
+    with torch.no_grad():
+        assert subject.loss(ids).item() == pytest.approx(loss, abs=2e-4)
+    subject.longest = 64  # enough to find the mistake
+    settings = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").proof
+    found = diagnose(Comparison(subject, smollm2, load_copy(smollm2), settings, text))
+    assert found.get("mistakes", ()) == mistakes and found.get("only", True)
+    assert not mistakes or str(found["difference"]).startswith(f"{place}, from position {position}")

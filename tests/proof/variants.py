@@ -69,13 +69,13 @@ class Attention(nn.Module):
 
     def rotated(self, x):
         frequency = self.theta ** (-torch.arange(0, self.D, 2) / self.D)
-        rotates = self.o["over"] == 2 and "angles" not in self.o["pairs"]
+        rotates = self.o["over"] == 2 and self.o["pairs"] != "no rotation"
         positions = torch.arange(x.shape[self.o["over"]]) + rotates  # from 1: a rotation cannot see
         angle = positions[:, None] * frequency
         angle = angle if self.o["over"] == 2 else angle[:, None]
         if self.o["pairs"] == "none":
             return x
-        if self.o["pairs"] == "neighbours, half-split angles":
+        if self.o["pairs"] == "no rotation":
             angle = torch.cat([angle, angle], -1)
             turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
             return x * angle.cos() + turned * angle.sin()

@@ -80,9 +80,7 @@ class Sandbox:
         if isinstance(error, SyntaxError):
             places.append((error.filename or "", error.lineno))
         own = [place for place in places if Path(place[0]).resolve().is_relative_to(self.folder)]
-        where = f"{self.file}:{own[-1][1]}" if own else self.file
-        if own and Path(own[-1][0]).resolve() != self.file.resolve():
-            where = f"{own[-1][0]}:{own[-1][1]}"
+        where = f"{own[-1][0]}:{own[-1][1]}" if own else self.file
         reason = f"{what} raised {type(error).__name__}: {error}"
         return WorkflowError(where, reason, f"correct it; {HOW_TO}")
 
@@ -276,21 +274,18 @@ class RecordedLogits(Compared):
         except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
             what = f"not an .npz file of numbers: {error}"
             raise ConfigError(file, what, f"write it with numpy.savez; {HOW_TO}") from error
-        if unknown := self.found.keys() - inputs.keys():
-            what = f"{', '.join(sorted(unknown))}: not among {', '.join(inputs)}"
-            raise ConfigError(file, what, "keep the names of --write-inputs")
-        if "text" not in self.found:
-            raise ConfigError(file, "it has no `text`", "add the logits for the input `text`")
-        for name, logits in self.found.items():
-            expected = (inputs[name].shape[1], vocabulary)
-            if tuple(logits.shape[-2:]) != expected or logits.numel() != expected[0] * expected[1]:
-                what = f"{name} has shape {tuple(logits.shape)}, it needs {expected}"
-                raise ConfigError(file, what, f"write logits for every position; {HOW_TO}")
+        shapes = {name: tuple(logits.shape) for name, logits in self.found.items()}
+        needed = {name: (ids.shape[1], vocabulary) for name, ids in inputs.items()}
+        wrong = {name: shape for name, shape in shapes.items() if shape != needed.get(name)}
+        if "text" not in shapes or wrong:
+            what = [f"{name} has shape {wrong[name]}, not {needed.get(name)}" for name in wrong]
+            fix = f"save (T, V) logits under the names of --write-inputs; {HOW_TO}"
+            raise ConfigError(file, ", ".join(what) or "it has no `text`", fix)
 
     def logits(self, ids: Tensor) -> Tensor:
         for name, known in self.inputs.items():
             if name in self.found and torch.equal(known, ids):
-                return self.found[name].float().reshape(1, ids.shape[1], -1)
+                return self.found[name].float()[None]
         raise Lacks("no logits for its text in the file")
 
 

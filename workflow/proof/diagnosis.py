@@ -213,10 +213,8 @@ def differs(c: Comparison, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
 
 def first_head(c: Comparison, name: str, wrong: Tensor) -> int | None:
     """The first head with a wrong channel, unless all have one. wrong: (channels,)."""
-    projection = name.rpartition(".")[2]
-    if projection not in ("q_proj", "k_proj", "v_proj") and not name.startswith(f"{INPUT}layers"):
-        return None
-    if projection in ("post_attention_layernorm", "down_proj"):
+    mixed = name.startswith(INPUT) and name.endswith("o_proj")
+    if not mixed and not name.endswith(("q_proj", "k_proj", "v_proj")):
         return None
     heads = wrong.view(-1, c.reference.config.head_dim).any(dim=-1)
     return None if heads.all() else int(heads.nonzero()[0])

@@ -99,7 +99,7 @@ def parse_names(names: Mapping) -> list[Rule]:
     rules = []
     for key, value in names.items():
         group = tuple(tuple(name.split(".")) for name in ((key,) if isinstance(key, str) else key))
-        theirs, *options = (value,) if isinstance(value, str) else value
+        theirs, *options = value if isinstance(value, (tuple, list)) else (value,)
         if not isinstance(theirs, str) or options not in ([], ["transposed"]):
             raise ValueError(f"NAMES[{key!r}] is {value!r}, not a name or (name, 'transposed')")
         parts = tuple(part for part in theirs.split(".") if part)
