@@ -270,10 +270,11 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "verify":
         add("--quick", **flag, help="skip long texts, peak memory and bfloat16")
         add("--json", **flag, help="print the checks as JSON on stdout, the rest on stderr")
-        add("--candidate", metavar="FILE.py", type=Path, help="execute and check this model")
+        one = parser.add_mutually_exclusive_group().add_argument
+        one("--candidate", metavar="FILE.py", type=Path, help="execute and check this model")
         words = "check logits that another program computed for --write-inputs"
-        add("--candidate-logits", metavar="FILE.npz", type=Path, help=words)
-        add("--write-inputs", metavar="FILE.npz", type=Path, help="write token ids, and stop")
+        one("--candidate-logits", metavar="FILE.npz", type=Path, help=words)
+        one("--write-inputs", metavar="FILE.npz", type=Path, help="write token ids, and stop")
     elif command == "resume":
         words = "a checkpoint file, or a run's folder: its newest checkpoint"
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)

@@ -241,7 +241,7 @@ def match_weights(file: Path, model: nn.Module, reference: Reference, names: Map
     theirs, own = reference.state_dict, dict(model.named_parameters(remove_duplicate=False))
     try:
         match = match_names(theirs, own, names)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(file, str(error), f"correct NAMES; {HOW_TO}") from error
     buffers = [name for name, _ in model.named_buffers()]
     print(f"{file}: {len(match.slots)} of {len(theirs)} tensors found by name; {match.head}")

@@ -54,7 +54,7 @@ FIXES = {
     m.MEAN: "divide by the root of the mean square; subtract nothing",
     m.NORM_AFTER: "x + attention(norm(x)), then x + mlp(norm(x))",
     m.SILU: "down_proj(silu(gate_proj(x)) * up_proj(x))",
-    m.DROPOUT: "switch dropout off in eval(): F.dropout and SDPA do it only if they are told",
+    m.DROPOUT: "it differs from itself: switch dropout off, and keep no state between calls",
 }
 
 
@@ -95,7 +95,7 @@ class Verdict:
     checks: list[Check]
     difference: Difference | None = None
     mistakes: tuple[str, ...] = ()  # names of mutations; together they give the different state
-    only: bool = False  # with them, the original also has the same logits
+    only: bool = False  # with them, the original has the same logits, within rounding
 
     @property
     def passed(self) -> bool:
@@ -124,7 +124,7 @@ class Verdict:
             names = " and ".join(f'"{name}"' for name in self.mistakes)
             lines.append(f"Same as the known {words} {names}. Fix: {self.fix}.")
             more = "This is all: the original with it gives the same logits."
-            lines.append(more if self.only else "Then check again: there may be more.")
+            lines.append(more if self.only else "Check again after the fix: there may be more.")
         elif self.difference:
             lines.append("No known mistake gives this state.")
         return "\n".join(lines)
@@ -148,8 +148,8 @@ def judge(file: Path | str, reference: Reference, settings: ProofSettings, text:
     text: for the long texts. Raises WorkflowError if the file cannot be used.
     """
     copy, file = load_copy(reference), Path(file)
-    if not file.is_file():
-        raise ConfigError(file, "there is no such file", "name a Python or .npz file")
+    if not file.is_file() or file.suffix not in (".py", ".npz"):
+        raise ConfigError(file, "this is not a .py or .npz file", "name your model's file")
     if file.suffix == ".npz":
         inputs = logit_inputs(reference, copy, settings)
         subject = RecordedLogits(file, inputs, reference.config.vocab_size)

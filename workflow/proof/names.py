@@ -178,10 +178,9 @@ def match_head(
     """Is the head tied, as in the original? An untied one gets a copy of the embedding."""
     found, used = translate(HEAD, rules)
     (embedding,) = match.slots[EMBEDDING]
-    if found not in own:
-        match.head = "the head has no tensor of its own"
-    elif parameters[own[found]] is parameters[embedding.name]:
-        match.head = "the head is tied"
+    tied = [name for name, p in parameters.items() if p is parameters[embedding.name]]
+    if found not in own or own[found] in tied:
+        match.head = "the head is tied" if len(tied) > 1 else "the head has no tensor of its own"
     else:
         slot = Slot(own[found], transposed=any(rule.transposed for rule in used))
         head, same = (each.view(parameters[each.name]) for each in (slot, embedding))
