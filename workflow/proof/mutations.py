@@ -80,7 +80,7 @@ def run_mutations(
 ) -> tuple[list[MutationResult], list[LossCurve]]:
     """Checks and trains the model with every mutation; `model` is unchanged at the end.
 
-    Training takes half an hour on a CPU; if `mutations.steps` is 0, curves are read from a file.
+    Training takes an hour on a CPU; if `mutations.steps` is 0, curves are read from a file.
     """
     settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer
