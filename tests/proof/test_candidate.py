@@ -124,6 +124,13 @@ def test_a_mistake_is_found_and_named(options, mistakes, place, position, judge)
     assert ("No known mistake gives this state." in str(verdict)) == (not mistakes)
 
 
+def test_a_mistake_is_named_by_the_logits_if_no_module_can_be_compared(judge):
+    build = "build = lambda c: Fused({**c, 'rope_theta': 1e5})"
+    verdict = judge(f"from variants import Fused\n{build}\nNAMES = {FUSED}")
+    assert verdict.mistakes == (m.THETA,) and verdict.only
+    assert str(verdict.difference).startswith("logits, from position 1 on")
+
+
 def test_every_mutation_that_a_state_can_show_has_a_fix():
     assert set(FIXES) == set(m.MUTATIONS) - set(NOT_BY_STATE) | {m.DROPOUT}
 

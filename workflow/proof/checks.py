@@ -46,7 +46,7 @@ from workflow.training import hardware
 
 
 def copy_reference(reference: Reference) -> LlamaModel:
-    """The same; also prints the numbers of parameters, layers and names of both."""
+    """`load_copy`, with a line for each comparison of numbers and names."""
     model = load_copy(reference)
     ours, theirs = hf_state_dict(model), reference.state_dict
     print(f"Model loaded. Total params: {sum(map(torch.numel, ours.values()))}")
