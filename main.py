@@ -57,9 +57,10 @@ def run(arguments: Namespace) -> None:
 def verify(arguments: Namespace) -> int:
     """Check that the copy equals the original; or check your own model.
 
-    Each check has a value and a bound. The exit code is 1 if a check fails. --candidate
-    executes a Python file that builds a model, gives it the original's weights, and
-    says where it first differs and which known mistake that is: see docs/how-to.md.
+    Each check has a value and a bound. The exit code is 1 if a check fails.
+    --candidate executes a file that builds a model, gives this model the original's
+    weights, and says where it first differs, and which known mistake that is. See
+    docs/how-to.md.
 
     example:
       python main.py verify --candidate docs/examples/wrong_model.py --quick

@@ -128,7 +128,7 @@ def test_a_mistake_is_named_by_the_logits_if_no_module_can_be_compared(judge):
     build = "build = lambda c: Fused({**c, 'rope_theta': 1e5})"
     verdict = judge(f"from variants import Fused\n{build}\nNAMES = {FUSED}")
     assert verdict.mistakes == (m.THETA,) and verdict.only
-    assert str(verdict.difference).startswith("logits, from position 1 on")
+    assert str(verdict.difference).startswith("logits, after embed_tokens, from position 1 on")
 
 
 def test_every_mutation_that_a_state_can_show_has_a_fix():

@@ -182,8 +182,8 @@ def diagnose(c: Comparison) -> dict[str, Any]:
 
 def first_difference(c: Comparison, other: Compared) -> tuple[Difference, Tensor] | None:
     """The first state of the candidate that is not that of `other`, and this state."""
-    known = c.subject.modules(c.names)
-    # where a layer has no end that can be seen, all that is inside
+    known = c.subject.states(c.ids, c.names)
+    # where the end of a layer cannot be seen, all that is inside
     names = [n for end in c.names for n in ((end,) if end in known else (*inside(end), end))]
     found = scan(c, other, names)
     if found and found[0].state in known and found[0].state.startswith("layers."):
@@ -238,7 +238,7 @@ def combinations(model: LlamaModel, difference: Difference) -> list[tuple[str, .
     If it costs only one layer, also with another mistake of attention.
     """
     layer = split_name(difference.state)[0] or difference.state
-    if difference.after and not layer.startswith("layers."):
+    if difference.after not in (None, "embed_tokens") and not layer.startswith("layers."):
         return []  # the layers are right; every known mistake is in them
     single = [name for name in m.mutations_of(model) if name not in NOT_BY_STATE]
     options = product(*((None, *names) for names in ROTATIONS))
