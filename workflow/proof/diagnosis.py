@@ -194,9 +194,11 @@ def first_difference(c: Comparison, other: Compared) -> tuple[Difference, Tensor
 
 def scan(c: Comparison, other: Compared, names: Sequence[str]) -> tuple[Difference, Tensor] | None:
     """The first of these states and the logits that differs by more than rounding."""
-    ours, theirs, after = c.subject.states(c.ids, names), other.states(c.ids, names), None
+    ours, after = c.subject.states(c.ids, names), None
+    names = [name for name in names if name in ours]
+    theirs = other.states(c.ids, names)
     for name in (*names, "logits"):
-        if name in ours and ours[name].shape == theirs[name].shape:
+        if name in theirs and ours[name].shape == theirs[name].shape:
             wrong = differs(c, name, ours[name], theirs[name])[0]  # (T, channels)
             if wrong.any():
                 position = int(wrong.any(dim=-1).nonzero()[0])
