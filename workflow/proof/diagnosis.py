@@ -170,35 +170,38 @@ def judge(file: Path | str, reference: Reference, settings: ProofSettings, text:
 def diagnose(c: Comparison) -> dict[str, Any]:
     """The first difference and the mistakes, as fields of a `Verdict`."""
     try:
-        if found := first_difference(c, c.subject):  # from itself, when it runs again
-            return {"difference": found[0], "mistakes": (m.DROPOUT,)}
-        if found := first_difference(c, c.original):
-            difference, state = found
-            return {"difference": difference} | find_mistakes(c, difference, state)
+        again = differs(c, "logits", *(c.subject.logits(c.ids) for _ in range(2))).any()
+        found = first_difference(c, c.subject if again else c.original)
     except Lacks:  # it runs only in bfloat16
-        pass
-    return {}
+        return {}
+    if found is None:
+        return {}
+    difference, state = found
+    mistakes = {"mistakes": (m.DROPOUT,)} if again else find_mistakes(c, difference, state)
+    return {"difference": difference} | mistakes
 
 
 def first_difference(c: Comparison, other: Compared) -> tuple[Difference, Tensor] | None:
     """The first state of the candidate that is not that of `other`, and this state."""
-    known = c.subject.states(c.ids, c.names)
-    # where the end of a layer cannot be seen, all that is inside
-    names = [n for end in c.names for n in ((end,) if end in known else (*inside(end), end))]
-    found = scan(c, other, names)
-    if found and found[0].state in known and found[0].state.startswith("layers."):
-        layer, after = found[0].state, found[0].after
-        found = scan(c, other, [*([after] if after else []), *inside(layer), layer]) or found
+    names, ours = c.names, c.subject.states(c.ids, c.names)
+    if not ours.keys() >= set(names):  # where the end of a layer cannot be seen, all inside
+        names = [n for end in names for n in ((end,) if end in ours else (*inside(end), end))]
+        ours = c.subject.states(c.ids, names)
+    found = scan(c, other, names, ours)
+    layer = found[0].state if found else ""
+    if layer in c.names and inside(layer):
+        names = [name for name in (found[0].after, *inside(layer), layer) if name]
+        found = scan(c, other, names, c.subject.states(c.ids, names)) or found
     return found
 
 
-def scan(c: Comparison, other: Compared, names: Sequence[str]) -> tuple[Difference, Tensor] | None:
-    """The first of these states and the logits that differs by more than rounding."""
-    ours, after = c.subject.states(c.ids, names), None
-    names = [name for name in names if name in ours]
-    theirs = other.states(c.ids, names)
+def scan(
+    c: Comparison, other: Compared, names: Sequence[str], ours: dict[str, Tensor]
+) -> tuple[Difference, Tensor] | None:
+    """The first of the candidate's states, or its logits, that differs by more than rounding."""
+    after, theirs = None, other.states(c.ids, [name for name in names if name in ours])
     for name in (*names, "logits"):
-        if name in theirs and ours[name].shape == theirs[name].shape:
+        if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
             wrong = differs(c, name, ours[name], theirs[name])[0]  # (T, channels)
             if wrong.any():
                 position = int(wrong.any(dim=-1).nonzero()[0])
