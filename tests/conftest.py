@@ -44,6 +44,7 @@ PROJECT_FILES = (
     "main.ipynb",
     "input.txt",
     "workflow",
+    "docs/examples",
 )
 
 

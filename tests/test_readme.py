@@ -15,7 +15,8 @@ FILES = ("README.md", "docs/how-to.md", "docs/results.md", "CONTRIBUTING.md")
 PYTHON = re.compile(r"^```python\n(.+?)^```$", re.MULTILINE | re.DOTALL)
 TEXTS = {file: (ROOT / file).read_text("utf-8") for file in FILES}
 PROGRAMS = PYTHON.findall("\n".join(TEXTS.values()))
-README, HOW_TO, *_ = PROSE = [PYTHON.sub("", text) for text in TEXTS.values()]
+FENCED = re.compile(r"^```.+?^```$", re.MULTILINE | re.DOTALL)  # `py`: only an outline
+README, HOW_TO, *_ = PROSE = [FENCED.sub("", text) for text in TEXTS.values()]
 ALL = "\n".join(PROSE)
 CODE = re.findall(r"^ {4,}(\S.*)$", ALL, re.MULTILINE) + re.findall("`([^`]+)`", ALL)
 LINES = list(dict.fromkeys(re.findall(r"^ {4}(\S.*)$", README + HOW_TO, re.MULTILINE)))

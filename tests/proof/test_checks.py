@@ -15,7 +15,8 @@ from workflow.config import load_config
 from workflow.files import weights_sha256
 from workflow.proof import BOUNDS, Check, checks_to_json, copy_reference, failed_checks
 from workflow.proof.bounds import max_check
-from workflow.proof.checks import config_and_weight_checks, run_checks
+from workflow.proof.checks import config_check, run_checks
+from workflow.proof.compared import Comparison, OurModel
 from workflow.reference import load_reference
 
 TEXT = "Once upon a time, 12 trees stood in a row.\n" * 30
@@ -32,7 +33,8 @@ def wide_reference(config):
 
 def quick_checks(model, reference, config) -> dict[str, Check]:
     settings = config.proof.model_copy(update={"quick": True, "new_tokens": 4})
-    return {check.name: check for check in run_checks(model, reference, settings, TEXT)}
+    comparison = Comparison(OurModel(model), reference, model, settings, TEXT)
+    return {check.name: check for check in run_checks(comparison)}
 
 
 def test_all_checks_pass_for_the_copy_and_leave_the_reference_unchanged(
@@ -97,7 +99,7 @@ def test_a_padded_batch_gets_the_same_greedy_text_as_from_transformers(wide_refe
 def test_a_wrong_config_is_named(wide_reference):
     model = copy_reference(wide_reference)
     model.config = ModelConfig(**{**vars(model.config), "rope_theta": 777.0})
-    check = next(config_and_weight_checks(model, wide_reference, wide_reference.state_dict))
+    check = next(config_check(OurModel(model), wide_reference))
     assert check.value == 1 and "rope_theta 777.0 is not 10000.0" in check.detail
 
 
@@ -107,7 +109,7 @@ def test_a_wrong_config_is_named(wide_reference):
 @pytest.mark.parametrize(
     ("check", "passed", "value", "line"),
     [
-        (Check("logits match", 1e-5), True, 1e-5, "1.00e-05  <= 0.0001 passed"),
+        (Check("logits match", 1e-5), True, 1e-5, "1.00e-05  <= 0.0001  passed"),
         (Check("loss matches", 0.5, "too far"), False, 0.5, "FAILED   too far"),
         (Check("argmax agrees with llama.cpp", None, "no file"), None, None, "skipped  no file"),
         (Check("argmax agrees with llama.cpp", 0.94), False, 0.94, ">= 0.95"),
@@ -117,7 +119,7 @@ def test_a_wrong_config_is_named(wide_reference):
 )
 def test_a_result_as_value_line_and_json(check, passed, value, line):
     assert check.passed is passed
-    assert line in " ".join(str(check).split("\n" + " " * 68))
+    assert line in " ".join(str(check).split("\n" + " " * 69))
     (row,) = json.loads(json.dumps(checks_to_json([check]), allow_nan=False))
     assert (row["passed"], row["value"], row["bound"]) == (passed, value, BOUNDS[check.name][1])
 

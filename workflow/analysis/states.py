@@ -1,18 +1,21 @@
-"""Hidden states, logits and gradients of our model or of transformers, and their differences.
+"""Hidden states of a model, by name, and the differences of states and logits.
 
 If a value is NaN, or the shapes differ, the difference is infinite: no check passes.
 """
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from SmolLm3 import LlamaModel, hf_name
+from SmolLm3 import LlamaModel
+
+INPUT = "input of "  # before the name of a module: its first input, not its output
 
 
 def max_difference(ours: Tensor, theirs: Tensor, size: Tensor | float = 1.0) -> float:
@@ -29,14 +32,20 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return difference / size if size else difference
 
 
-def relative_difference_by_position(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference of states (B, T, C), divided by the largest value at its position.
+def difference_by_position(ours: Tensor, theirs: Tensor) -> Tensor:
+    """The differences of states (…, T, C), each divided by the largest value at its position.
 
     By position, because in the middle layers the states of the first token are 10,000 times larger
     than all others: they would hide every other error.
     """
     size = theirs.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-30)
-    return max_difference(ours, theirs, size)
+    return ((ours.float() - theirs.float()).abs() / size).nan_to_num(nan=math.inf)
+
+
+def relative_difference_by_position(ours: Tensor, theirs: Tensor) -> float:
+    """The largest of `difference_by_position`."""
+    same_shape = ours.shape == theirs.shape
+    return difference_by_position(ours, theirs).max().item() if same_shape else math.inf
 
 
 def kl_divergence(ours: Tensor, theirs: Tensor) -> float:
@@ -45,29 +54,49 @@ def kl_divergence(ours: Tensor, theirs: Tensor) -> float:
     return F.kl_div(q, p, log_target=True, reduction="none").sum(dim=-1).mean().item()
 
 
-def hidden_states(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """The outputs for `ids` (B, T), by name: embed_tokens, layers.0 …, norm, logits.
+def record(
+    modules: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Calls `run`. Returns its result and, by name, the output of each module.
 
-    For a model of transformers, also `loss`: its next-token loss.
+    For a name that starts with `input of `, it is the module's input. A module is left out if it is
+    called more than once or never, or if it gives no tensor.
     """
-    ours, found = isinstance(model, LlamaModel), {}
-    base = model if ours else model.model
-    names = ["embed_tokens", *(f"layers.{index}" for index in range(len(base.layers))), "norm"]
+    calls = {name: [] for name in modules}
     with ExitStack() as hooks:  # removes the hooks at the end
-        for name in names:
-            hook = base.get_submodule(name).register_forward_hook(
-                lambda module, inputs, output, name=name: found.update({name: output})
-            )
+        for name, module in modules.items():
+            # a copy, because `x += …` in a later module would change the state
+            keep = partial(keep_copy, calls[name])
+            if name.startswith(INPUT):
+                hook = module.register_forward_pre_hook(
+                    lambda _, inputs, named, keep=keep: keep([*inputs, *named.values()]),
+                    with_kwargs=True,
+                )
+            else:
+                hook = module.register_forward_hook(lambda _, inputs, out, keep=keep: keep(out))
             hooks.enter_context(hook)
-        if ours:
-            return found | {"logits": model(ids)}
-        output = model(ids, labels=ids)
-        return found | {"logits": output.logits, "loss": output.loss}
+        result = run()
+    once = {name: states[0] for name, states in calls.items() if len(states) == 1}
+    return result, {name: state for name, state in once.items() if state is not None}
 
 
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits (B, T, V) of either model."""
-    return model(ids) if isinstance(model, LlamaModel) else model(ids).logits
+def keep_copy(states: list[Tensor | None], value: Any) -> None:
+    """Appends what a module gave, or the first part of its tuple; None if it is no tensor."""
+    while isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    states.append(value.clone() if isinstance(value, Tensor) else None)
+
+
+def state_names(layers: int) -> list[str]:
+    """The modules whose outputs are the states of a model, from embedding to final norm."""
+    return ["embed_tokens", *(f"layers.{index}" for index in range(layers)), "norm"]
+
+
+def hidden_states(model: LlamaModel, ids: Tensor) -> dict[str, Tensor]:
+    """The outputs for `ids` (B, T), by name: embed_tokens, layers.0 …, norm, logits."""
+    modules = {name: model.get_submodule(name) for name in state_names(len(model.layers))}
+    logits, found = record(modules, lambda: model(ids))
+    return found | {"logits": logits}
 
 
 def hidden(model: nn.Module, ids: Tensor) -> Tensor:
@@ -75,20 +104,6 @@ def hidden(model: nn.Module, ids: Tensor) -> Tensor:
     if isinstance(model, LlamaModel):
         return model.hidden(ids)
     return model.model(ids, use_cache=False).last_hidden_state
-
-
-def logits_in_chunks(model: nn.Module, ids: Tensor) -> Iterator[Tensor]:
-    """Yields the logits (1, up to 256, V) of a long text, to save memory."""
-    for part in hidden(model, ids).split(256, dim=1):
-        yield model.lm_head(part)
-
-
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """The gradient of `loss` for each parameter, by Hugging Face's names."""
-    parameters = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(parameters.values()))
-    names = map(hf_name, parameters) if isinstance(model, LlamaModel) else parameters
-    return dict(zip(names, found, strict=True))
 
 
 def in_bf16(model: nn.Module) -> nn.Module:

@@ -8,30 +8,37 @@ from pathlib import Path
 
 import torch
 
-from SmolLm3 import LlamaModel
 from workflow.analysis import evaluate
 from workflow.data import read_text
 from workflow.errors import ConfigError
-from workflow.proof.bounds import BOUNDS, Check
+from workflow.proof.bounds import BOUNDS, Check, answers
+from workflow.proof.compared import Compared
 from workflow.reference import Reference, find_in_package, read_gguf, unequal_tensors
 
 STORED_VALUES = Path(__file__).parent / "stored_values"
 KNOWN_WEIGHTS = ("SmolLM2-135M-Instruct.Q4_1",)  # the GGUF files that have stored values
 
 
-def external_checks(model: LlamaModel, reference: Reference, text: Path | None) -> Iterator[Check]:
+def external_checks(subject: Compared, reference: Reference, text: Path | None) -> Iterator[Check]:
     """Four checks against other programs, which do not share our mistakes. text: WikiText-2."""
     if stored := stored_values(reference):
-        tensors = dict(read_gguf(find_in_package(reference.entry.wheel.file), reference.config))
-        unequal = unequal_tensors(tensors, reference.state_dict)
-        detail = ", ".join(unequal[:3]) or "all dequantised by the gguf library"
-        yield Check("tensors equal the gguf library's", len(unequal), detail)
-        yield argmax_check(model, stored["llama_cpp"])
-        yield perplexity_check(model, reference, stored["perplexity"], text)
+        yield from tensors_check(subject, reference)
+        yield from argmax_check(subject, stored["llama_cpp"])
+        yield from perplexity_check(subject, reference, stored["perplexity"], text)
     else:
         reason = "no external values are stored for these weights"
         yield from (Check(name, None, reason) for name in tuple(BOUNDS)[:3])
-    yield token_ids_check(reference, official_token_ids(reference))
+    yield from token_ids_check(subject, reference, official_token_ids(reference))
+
+
+@answers("tensors equal the gguf library's")
+def tensors_check(subject: Compared, reference: Reference) -> Iterator[Check]:
+    """The reference's tensors, and those that the gguf library reads."""
+    subject.llama()
+    tensors = dict(read_gguf(find_in_package(reference.entry.wheel.file), reference.config))
+    unequal = unequal_tensors(tensors, reference.state_dict)
+    detail = ", ".join(unequal[:3]) or "all dequantised by the gguf library"
+    yield Check("tensors equal the gguf library's", len(unequal), detail)
 
 
 def read_stored(name: str) -> dict:
@@ -54,29 +61,33 @@ def stored_values(reference: Reference) -> dict | None:
     return stored if stored["weights_sha256"] == digest else None
 
 
-def argmax_check(model: LlamaModel, stored: dict) -> Check:
-    """The share of positions where our most likely next token is also that of llama.cpp."""
-    ours = model(torch.tensor([stored["ids"]]))[0].argmax(dim=-1)
+@answers("argmax agrees with llama.cpp")
+def argmax_check(subject: Compared, stored: dict) -> Iterator[Check]:
+    """The share of positions where the most likely next token is also that of llama.cpp."""
+    ours = subject.logits(torch.tensor([stored["ids"]]))[0].argmax(dim=-1)
     same = int((ours == torch.tensor(stored["argmax"])).sum())
     detail = f"{same} of {len(ours)} positions"
-    return Check("argmax agrees with llama.cpp", same / len(ours), detail)
+    yield Check("argmax agrees with llama.cpp", same / len(ours), detail)
 
 
+@answers("perplexity matches the stored value")
 def perplexity_check(
-    model: LlamaModel, reference: Reference, stored: dict, text: Path | None
-) -> Check:
+    subject: Compared, reference: Reference, stored: dict, text: Path | None
+) -> Iterator[Check]:
     """The difference from the stored perplexity, on the first windows of WikiText-2."""
-    name = "perplexity matches the stored value"
+    name, model = "perplexity matches the stored value", subject.llama()
     if text is None:
-        return Check(name, None, "proof.wikitext_file names no file")
+        yield Check(name, None, "proof.wikitext_file names no file")
+        return
     content, digest = read_text(text)
     if digest != stored["text_sha256"]:
-        return Check(name, math.inf, f"{text} is not this text: {stored['text']}")
+        yield Check(name, math.inf, f"{text} is not this text: {stored['text']}")
+        return
     window, windows, theirs = (stored[key] for key in ("window", "windows", "perplexity"))
     ids = reference.tokenizer.backend_tokenizer.encode(content, add_special_tokens=False).ids
     ours = evaluate(model, ids[: windows * window], window).perplexity
     detail = f"{ours:.4f} and {theirs}, {windows} windows of {window}"
-    return Check(name, abs(ours - theirs), detail)
+    yield Check(name, abs(ours - theirs), detail)
 
 
 def official_token_ids(reference: Reference) -> list[tuple[str, list[int]]] | None:
@@ -87,13 +98,18 @@ def official_token_ids(reference: Reference) -> list[tuple[str, list[int]]] | No
     return stored["ids"] if stored["vocabulary_sha256"] == digest else None
 
 
-def token_ids_check(reference: Reference, official: list[tuple[str, list[int]]] | None) -> Check:
+@answers("token ids match the official ones")
+def token_ids_check(
+    subject: Compared, reference: Reference, official: list[tuple[str, list[int]]] | None
+) -> Iterator[Check]:
     """How many strings the reference's tokenizer encodes to other ids than the official ones."""
+    subject.llama()
     name, backend = "token ids match the official ones", reference.tokenizer.backend_tokenizer
     if official is None:
-        return Check(name, None, "no external ids are stored for this vocabulary")
+        yield Check(name, None, "no external ids are stored for this vocabulary")
+        return
     encoded = (
         (text, ids, backend.encode(text, add_special_tokens=False)) for text, ids in official
     )
     wrong = [repr(text) for text, ids, ours in encoded if ours.ids != ids]
-    return Check(name, len(wrong), ", ".join(wrong) or f"{len(official)} strings")
+    yield Check(name, len(wrong), ", ".join(wrong) or f"{len(official)} strings")

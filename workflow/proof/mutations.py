@@ -1,121 +1,30 @@
-"""Mutations: common mistakes, put into our model one at a time. Which check finds each of them?
-
-Each is from a public re-implementation, which loads, runs without an error and prints success.
-"""
+"""The mutation study: each common mistake in turn is put into our model. Which check finds it?"""
 
 import copy
 import datetime
 import json
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-import SmolLm3
-from SmolLm3 import LlamaModel, LlamaRMSNorm
-from workflow.analysis.states import hidden_states
+from SmolLm3 import LlamaModel
+from workflow.analysis.states import state_names
 from workflow.config import Config
 from workflow.data import Corpus, batch_at, load_corpus, local_source
 from workflow.files import write_text_atomic
-from workflow.proof.checks import config_and_weight_checks, forward_pass_checks, training_loss
+from workflow.proof.checks import config_check, forward_pass_checks, weight_checks
+from workflow.proof.compared import Original, OurModel
+from workflow.proof.mistakes import BASELINE, MUTATIONS, RANDOM_HEAD, SHIFTED_TWICE, mutations_of
 from workflow.reference import Reference
 from workflow.training import NextTokenLoss, make_optimizer
 from workflow.training.hardware import describe_device
 from workflow.training.resume import code_sha256
 
-CODE = "workflow/proof/mutations.py"
-BASELINE, RANDOM_HEAD, SHIFTED_TWICE = "no mutation", "random head", "targets shifted twice"
-
-
-def interleaved_rotation(model: LlamaModel) -> AbstractContextManager:
-    """Neighbouring channels are the pairs: as in the paper, but not for these weights."""
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        a, b = x[..., ::2], x[..., 1::2]
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-
-    return patch.object(SmolLm3, "rotate", rotate)
-
-
-def positions_over_heads(model: LlamaModel) -> AbstractContextManager:
-    """The angle depends on the head, not on the position: a transpose is missing."""
-    original = SmolLm3.rotate
-
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        angles = model.rotary(torch.arange(x.shape[1], device=x.device))
-        return original(x, *(part.transpose(1, 2) for part in angles))  # (1, H, 1, D / 2)
-
-    return patch.object(SmolLm3, "rotate", rotate)
-
-
-def wrong_theta(model: LlamaModel) -> AbstractContextManager:
-    """theta 10000, as in SmolLM and SmolLM2's pretraining recipe; 100000 if 10000 is correct."""
-    theta = 100000.0 if model.rotary.theta == 10000.0 else 10000.0
-    return patch.object(model.rotary, "theta", theta)
-
-
-def unscaled_scores(model: LlamaModel) -> AbstractContextManager:
-    """Attention scores are not divided by sqrt(D)."""
-    attention = partial(F.scaled_dot_product_attention, scale=1.0)
-    functions = SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": attention})
-    return patch.object(SmolLm3, "F", functions)
-
-
-def no_causal_mask(model: LlamaModel) -> AbstractContextManager:
-    """Every position sees the whole text, also the token that it must predict."""
-
-    def visible(mask: Tensor | None, start: int, T: int, device: torch.device) -> Tensor:
-        return torch.ones(T, start + T, dtype=torch.bool, device=device)
-
-    return patch.object(SmolLm3, "visible_positions", visible)
-
-
-def random_head(model: LlamaModel) -> AbstractContextManager:
-    """The head is not tied to the embedding; `strict=False` hides that its weights are missing."""
-    weight = model.embed_tokens.weight
-    head = nn.Linear(*weight.T.shape, bias=False, device=weight.device)
-    generator = torch.Generator(weight.device).manual_seed(0)
-    nn.init.normal_(head.weight, std=model.config.initializer_range, generator=generator)
-    return patch.object(model, "lm_head", head)
-
-
-def wrong_eps(model: LlamaModel) -> AbstractContextManager:
-    """eps 1e-6, the default of many config classes; 1e-5 if 1e-6 is correct."""
-    eps = 1e-5 if model.norm.eps == 1e-6 else 1e-6  # the property hides each module's own eps
-    return patch.object(LlamaRMSNorm, "eps", property(lambda module: eps), create=True)
-
-
-def targets_shifted_twice(model: LlamaModel) -> AbstractContextManager:
-    """Data and loss both shift the targets: the model learns the token after the next one."""
-    original = NextTokenLoss.forward
-
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return original(self, inputs[:, :-1], targets[:, 1:])
-
-    return patch.object(NextTokenLoss, "forward", forward)
-
-
-MUTATIONS: dict[str, Callable[[LlamaModel], AbstractContextManager]] = {
-    BASELINE: nullcontext,
-    "interleaved RoPE pairs": interleaved_rotation,
-    "RoPE positions over heads": positions_over_heads,
-    "wrong RoPE theta": wrong_theta,
-    "no 1/sqrt(D)": unscaled_scores,
-    "no causal mask": no_causal_mask,
-    RANDOM_HEAD: random_head,
-    "wrong RMSNorm eps": wrong_eps,
-    SHIFTED_TWICE: targets_shifted_twice,
-}
+CODE = ("workflow/proof/mistakes.py", "workflow/proof/mutations.py")
 
 
 @dataclass(frozen=True)
@@ -153,10 +62,11 @@ def check_mutation(
 
     stored: the weights in the reference's file. theirs: see `forward_pass_checks`.
     """
+    subject = OurModel(model)
     with MUTATIONS[name](model):
-        found = [*config_and_weight_checks(model, reference, stored)]
-        found += forward_pass_checks(model, theirs, ids)
-        loss = training_loss(model, ids).item()
+        found = [*config_check(subject, reference), *weight_checks(subject, reference, stored)]
+        found += forward_pass_checks(subject, theirs, ids, {})
+        loss = subject.loss(ids).item()
     checks = {check.name: check for check in found}
     logit_error = checks["logits match"].value
     layer_errors = list(checks["hidden states match, layer by layer"].parts.values())
@@ -170,7 +80,7 @@ def run_mutations(
 ) -> tuple[list[MutationResult], list[LossCurve]]:
     """Checks and trains the model with every mutation; `model` is unchanged at the end.
 
-    Training takes half an hour on a CPU; if `mutations.steps` is 0, curves are read from a file.
+    Training takes an hour on a CPU; if `mutations.steps` is 0, curves are read from a file.
     """
     settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer
@@ -178,9 +88,11 @@ def run_mutations(
     corpus = load_corpus(config, tokenizer, reference.end_of_text, source)
     ids = torch.tensor(corpus.validation[: settings.tokens], dtype=torch.long)[None]
     with torch.no_grad():
-        theirs = hidden_states(reference.model, ids)
+        names = state_names(model.config.num_hidden_layers)
+        theirs = Original(reference.model).states(ids, names)
     given = model, reference, reference.stored_weights(), ids, theirs
-    results = [check_mutation(name, *given) for name in MUTATIONS]
+    names = mutations_of(model)
+    results = [check_mutation(name, *given) for name in names]
     provenance = {
         "weights_sha256": reference.provenance.weights_sha256,
         "text_sha256": corpus.text_sha256,
@@ -191,7 +103,7 @@ def run_mutations(
         return results, load_curves(settings.curves_file, provenance)
     # other rates: do they explain a published loss curve that starts high and never falls?
     high_loss = (BASELINE, RANDOM_HEAD, SHIFTED_TWICE)
-    pairs = [(name, settings.learning_rate) for name in MUTATIONS]
+    pairs = [(name, settings.learning_rate) for name in names]
     pairs += [(name, rate) for name in high_loss for rate in settings.other_learning_rates]
     curves = [train_mutation(name, rate, model, corpus, ids, config) for name, rate in pairs]
     save_curves(curves, settings.curves_file, provenance)
@@ -217,12 +129,12 @@ def train_mutation(
             optimizer.zero_grad()
             losses.append(round(loss.item(), 4))
         with torch.no_grad():
-            return LossCurve(name, rate, losses, training_loss(model, ids).item())
+            return LossCurve(name, rate, losses, OurModel(model).loss(ids).item())
 
 
 def save_curves(curves: list[LossCurve], file: Path, provenance: dict) -> None:
     content = provenance | {
-        "code": code_sha256(CODE),
+        "code": code_sha256(*CODE),
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}",
         "curves": [asdict(curve) for curve in curves],
@@ -238,7 +150,7 @@ def load_curves(file: Path, provenance: dict) -> list[LossCurve]:
         return []
     # by position, because earlier versions called the last value `after`
     curves = [LossCurve(*curve.values()) for curve in content["curves"]]
-    other = "" if content.get("code") == code_sha256(CODE) else ", recorded by other code"
+    other = "" if content.get("code") == code_sha256(*CODE) else ", recorded by other code"
     steps = len(curves[0].losses)
     print(f"Curves read from {file}: {steps} steps each, of {content['date']}{other}")
     return curves

@@ -1,0 +1,300 @@
+"""Somebody else's model: right ones pass; for wrong ones, place and mistake are named."""
+
+import ast
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import variants
+
+from conftest import ROOT
+from SmolLm3 import ModelConfig
+from workflow import proof
+from workflow.config import load_config
+from workflow.proof import mistakes as m
+from workflow.proof.candidate import load_candidate
+from workflow.proof.compared import Comparison, load_copy
+from workflow.proof.diagnosis import FIXES, NOT_BY_STATE, diagnose
+from workflow.proof.names import match_names
+from workflow.reference import load_reference
+
+ATTENTION = "layers.0, inside self_attn, between v_proj and o_proj"
+MLP, NORM = "layers.0, inside mlp, between up_proj and down_proj", "layers.0, in input_layernorm"
+EXAMPLE = (ROOT / "docs" / "examples" / "wrong_model.py").read_text("utf-8")
+QKV = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
+FUSED = {"layers": "h", QKV: ("qkv", "transposed"), "embed_tokens": "tokens", "norm.weight": "g"}
+FUSED |= {"self_attn.o_proj.weight": ("o", "transposed"), "input_layernorm.weight": "g1"}
+FUSED |= {("mlp.gate_proj.weight", "mlp.up_proj.weight"): "w13"}
+FUSED |= {"mlp.down_proj.weight": ("w2", "transposed"), "post_attention_layernorm.weight": "g2"}
+TURNED = "torch.cat([-x[..., self.D // 2 :], x[..., : self.D // 2]], -1)  # "
+
+
+def variant(**options) -> str:
+    """The source of a candidate: a `Model` of variants.py."""
+    lines = "from variants import NAMES, Model", f"build = lambda c: Model(c, **{options!r})"
+    return "\n".join(lines)
+
+
+FIXED_EXAMPLE = EXAMPLE.replace("torch.stack([-x[..., 1::2]", f"{TURNED}[")
+THREE = {"pairs": "neighbours", "over": 1}
+UNSCALED = {**THREE, "scale": "none"}
+ALL_THREE = (m.INTERLEAVED, m.OVER_HEADS, m.THETA)
+RIGHT = {  # (source, words about the head)
+    "other names and order of sums": (variant(), "the head is tied"),
+    "untied head": (variant(tied=False), "the head is NOT tied"),
+    "in place, without a gradient": (variant(in_place=True), "the head is tied"),
+    "fused": (FIXED_EXAMPLE, "the head has no tensor of its own"),
+    "fused and transposed": (f"from variants import Fused as build\nNAMES = {FUSED}", "no tensor"),
+}
+WRONG = {  # (options, mistakes, place, position)
+    "interleaved": ({"pairs": "neighbours"}, (m.INTERLEAVED,), ATTENTION, 1),
+    "no rotation": ({"pairs": "no rotation"}, (m.NEIGHBOURS,), ATTENTION, 1),
+    "over heads": ({"over": 1}, (m.OVER_HEADS,), ATTENTION, 1),
+    "theta": ({"theta": 1e5}, (m.THETA,), ATTENTION, 1),
+    "three": (THREE | {"theta": 1e5}, ALL_THREE, ATTENTION, 1),
+    "with another": (UNSCALED, (m.INTERLEAVED, m.OVER_HEADS, m.UNSCALED), ATTENTION, 1),
+    "never rotated": ({"pairs": "none"}, (m.NO_ROPE,), ATTENTION, 1),
+    "unscaled": ({"scale": "none"}, (m.UNSCALED,), ATTENTION, 1),
+    "scaled by all": ({"scale": "all heads"}, (m.SCALED_BY_ALL,), ATTENTION, 1),
+    "repeat": ({"share": "repeat"}, (m.REPEAT,), ATTENTION, 0),
+    "no mask": ({"mask": None}, (m.NO_MASK,), ATTENTION, 0),
+    "added mask": ({"mask": "added"}, (m.ADDED_MASK,), ATTENTION, 0),
+    "dropout": ({"dropout": 0.1}, (m.DROPOUT,), ATTENTION, ""),  # at another position each time
+    "eps": ({"eps": 1e-6}, (m.EPS,), NORM, 0),
+    "mean": ({"mean": True}, (m.MEAN,), NORM, 0),
+    "norm after": ({"after": True}, (m.NORM_AFTER,), NORM, 0),
+    "SiLU": ({"silu": "up"}, (m.SILU,), MLP, 0),
+    "unknown": ({"eps": 1e-2}, (), NORM, 0),
+}
+
+
+@pytest.fixture
+def candidate(tmp_path):
+    """Writes a candidate's file next to variants.py."""
+    shutil.copy(Path(variants.__file__), tmp_path)
+
+    def write(source: str, name: str = "my_model.py") -> Path:
+        (tmp_path / name).write_text(source, "utf-8")
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def judge(candidate, config):
+    """Judges a source, by a random reference whose layers do much, so that mistakes show."""
+    architecture = ModelConfig(**vars(config.model_entry.architecture) | {"initializer_range": 0.2})
+    entry = config.model_entry.model_copy(update={"architecture": architecture})
+    settings = config.proof.model_copy(update={"quick": True, "new_tokens": 4})
+
+    def run(source: str, **update) -> proof.Verdict:
+        file = source if isinstance(source, Path) else candidate(source)
+        reference = load_reference("random", entry)
+        return proof.judge(file, reference, settings.model_copy(update=update), "Some text. " * 300)
+
+    return run
+
+
+@pytest.mark.parametrize(("source", "head"), RIGHT.values(), ids=RIGHT)
+def test_a_right_model_passes(source, head, judge, capsys):
+    verdict = judge(source, quick=False)
+    assert verdict.passed and verdict.mistake is None, str(verdict)
+    assert "my_model.py: the original. " in str(verdict) and "no cache" in str(verdict)
+    results = {check.name: check.passed for check in verdict.checks}
+    assert list(results) == list(proof.BOUNDS)
+    for name in ("tensor values match", "logits match", "greedy tokens match"):
+        assert results[name] is True
+    assert results["gradients match"] is (None if "in_place" in source else True)
+    assert results["logits match, 2048 tokens"] is True
+    assert head in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("options", "mistakes", "place", "position"), WRONG.values(), ids=WRONG)
+def test_a_mistake_is_found_and_named(options, mistakes, place, position, judge):
+    verdict = judge(variant(**options))
+    assert "NOT the original" in str(verdict)
+    assert str(verdict.difference).startswith(f"{place}, from position {position}")
+    assert verdict.mistakes == mistakes
+    assert verdict.only == (bool(mistakes) and mistakes != (m.DROPOUT,))
+    assert ("No known mistake gives this state." in str(verdict)) == (not mistakes)
+
+
+def test_a_mistake_is_named_by_the_logits_if_no_module_can_be_compared(judge):
+    build = "build = lambda c: Fused({**c, 'rope_theta': 1e5})"
+    verdict = judge(f"from variants import Fused\n{build}\nNAMES = {FUSED}")
+    assert verdict.mistakes == (m.THETA,) and verdict.only
+    assert str(verdict.difference).startswith("logits, after embed_tokens, from position 1 on")
+
+
+def test_every_mutation_that_a_state_can_show_has_a_fix():
+    assert set(FIXES) == set(m.MUTATIONS) - set(NOT_BY_STATE) | {m.DROPOUT}
+
+
+# --- names ---
+
+
+def test_what_does_not_fit_is_listed_and_a_names_is_suggested_but_not_used(candidate, here):
+    source = "import variants\nbuild = variants.Model\nprint('from the file')"
+    code, printed, error = here("verify", "--candidate", str(candidate(source)))
+    assert code == 2 and f"{candidate(source)} is executed now" in printed
+    assert "missing model.layers.N.self_attn.q_proj.weight (2 times)" in printed
+    assert "extra blocks.N.attn.wq.weight (2 times)" in printed and "1 buffers, a_mask" in printed
+    prints, line = error.splitlines()
+    assert prints == "from the file"  # on stderr
+    assert re.fullmatch(r"error: \S+my_model.py: the weights do not fit: 20 tensors .*; .*", line)
+    suggested = re.search(r"NAMES = (\{.*\})", printed)[1]
+    names = ast.literal_eval(suggested)
+    assert names["layers"] == "blocks" and names["self_attn.q_proj"] == "attn.wq"
+    file = candidate(f"import variants\nbuild = variants.Model\nNAMES = {suggested}")
+    code, printed, _ = here("verify", "--quick", "--candidate", str(file))
+    assert code == 0 and "my_model.py: the original." in printed
+
+
+T, S = torch.zeros, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 6)}
+S |= {"model.layers.0.self_attn.k_proj.weight": torch.zeros(2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("names", "own", "problem"),
+    [
+        ({"self_attn": "a"}, {"layers.0.a.q_proj.weight": T(4, 6)}, "missing model.layers.N.self"),
+        ({("q_proj", "k_proj"): "qk"}, {"model.layers.0.self_attn.qk.weight": T(6, 6)}, None),
+        (
+            {("q_proj", "k_proj"): "qk"},
+            {"layers.0.self_attn.qk.weight": T(5, 6)},
+            "layers.N.self_attn.qk.weight has shape (5, 6), model.layers.N.self_attn.q_proj.weight "
+            "needs (6, 6)",
+        ),
+        (
+            {"layers": "h", "self_attn.q_proj.weight": "q", "k_proj": ("k", "transposed")},
+            {"h.0.q": T(4, 6), "h.0.self_attn.k.weight": T(6, 2)},
+            None,
+        ),
+        (
+            {"q_proj": ("q_proj", "transposed")},
+            {"layers.0.self_attn.q_proj.weight": T(4, 6)},
+            "needs (6, 4): the other way round",
+        ),
+        ({"k_proj": "q_proj"}, {"layers.0.self_attn.q_proj.weight": T(4, 6)}, "are both in"),
+        ({"mlp": "ff"}, {}, "no tensor has mlp, a key of NAMES"),
+    ],
+)
+def test_names(names, own, problem):
+    problems = match_names(S, own, names).problems
+    assert not problems if problem is None else any(problem in line for line in problems)
+
+
+# --- files that cannot be used ---
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("build = 1 / 0", r"my_model.py:1: the file raised ZeroDivisionError: .*"),
+        ("\ndef build(:", r"my_model.py:2: the file raised SyntaxError: .*"),
+        ("import sys\nsys.exit(0)", r"my_model.py:2: the file raised SystemExit: 0"),
+        ("import variants", r"my_model.py: it has no function build\(config\)"),
+        ("def build(c):\n  return c['x']", r"my_model.py:2: build\(config\) raised KeyError: 'x'"),
+        ("build = lambda c: 1", r"my_model.py: build\(config\) raised TypeError: it returns int.*"),
+        (variant() + "\nNAMES = {'a': 1}", r"my_model.py: NAMES\['a'\] is 1, not a name .*"),
+        (
+            variant() + "\ndef logits(model, ids): return model(ids)[0][:, -1]",
+            r"my_model.py: the logits are \(1, 257\), not \(1, 16, 257\): .*",
+        ),
+        (variant(share="no"), r"variants.py:\d+: the model raised KeyError: 'no'"),
+    ],
+)
+def test_an_error_of_the_candidate_is_one_line(source, message, candidate, refused):
+    line = refused(2, "verify", "--candidate", str(candidate(source)))
+    assert re.fullmatch(rf"error: \S*{message}; .*docs/how-to.md", line)
+
+
+def test_its_modules_hide_ours_and_only_while_it_runs(judge, candidate, capsys):
+    ours = sys.modules["SmolLm3"]
+    candidate("from variants import NAMES, Model\nThing = Model", "SmolLm3.py")
+    source = "def build(config):\n    from SmolLm3 import Thing\n    print('building')\n"
+    verdict = judge(source + "    return Thing(config)\nfrom variants import NAMES")
+    assert verdict.passed and sys.modules["SmolLm3"] is ours and "variants" in sys.modules
+    printed, errors = capsys.readouterr()
+    assert errors == "building\n" and "building" not in printed
+    assert str(candidate("")) not in sys.path
+
+
+def test_a_candidate_may_accept_few_tokens_or_only_bf16(judge):
+    refuses = "\ndef logits(model, ids):\n    assert ids.shape[1] <= 300\n    return model(ids)[0]"
+    verdict = judge(variant() + refuses)
+    assert verdict.passed and "19 prompts" in verdict.checks[-6].detail
+    source = FIXED_EXAMPLE.replace("self.wte(ids)\n", "self.wte(ids).bfloat16()\n")
+    source = source.replace("turned * angle.sin()", "turned * angle.sin()).to(x.dtype)")
+    source = source.replace("return x * angle", "return (x * angle")
+    verdict = judge(source)
+    answered = [check.name for check in verdict.checks if check.passed is not None]
+    assert answered[-2:] == list(proof.BOUNDS)[-2:] and len(answered) == 5 and verdict.passed
+    assert "it runs only in bfloat16" in str(verdict)
+
+
+# --- logits of another program, and the command ---
+
+
+def test_logits_from_a_file_are_judged(here, tmp_path, project):
+    inputs, outputs = tmp_path / "inputs.npz", tmp_path / "logits.npz"
+    assert here("verify", "--write-inputs", str(inputs))[0] == 0
+    config = load_config(ROOT / "SmolLm3_Config.yaml", "ci")
+    model = load_reference("random", config.model_entry).model
+    with torch.no_grad():
+        logits = {name: model(torch.tensor(ids)).logits[0] for name, ids in np.load(inputs).items()}
+    assert list(logits) == ["text", "greedy_prose", "greedy_code", "greedy_fact"]
+    np.savez(outputs, **logits)
+    code, printed, _ = here("verify", "--candidate-logits", str(outputs), "--json")
+    verdict = json.loads(printed)
+    passed = [row["name"] for row in verdict["checks"] if row["passed"]]
+    assert (code, verdict["verdict"], verdict["mistake"]) == (0, "the original", None)
+    assert "greedy tokens match" in passed and "embeddings match" not in passed
+    np.savez(outputs, text=logits["text"].roll(1, 0))
+    code, printed, _ = here("verify", "--candidate-logits", str(outputs), "--json")
+    verdict = json.loads(printed)
+    assert (code, verdict["verdict"]) == (1, "not the original")
+    assert verdict["first_difference"]["state"] == "logits"
+    np.savez(outputs, text=logits["text"][1:])
+    assert (
+        "text has shape (299, 257), not (300, 257)"
+        in here("verify", "--candidate-logits", str(outputs))[2]
+    )
+
+
+# --- the real weights ---
+
+REAL = {  # (loss on the first 512 tokens of input.txt, mistakes, place, position)
+    "truth": ({}, 4.2409, (), "", None),
+    "no rotation": ({"pairs": "no rotation"}, 5.5805, (m.NEIGHBOURS,), ATTENTION, 1),
+    "three": (THREE | {"theta": 1e4}, 6.2155, ALL_THREE, ATTENTION, 1),
+    "theta": ({"theta": 1e4}, 4.3881, (m.THETA,), ATTENTION, 1),
+    "repeat": ({"share": "repeat"}, 12.7005, (m.REPEAT,), ATTENTION, 0),
+    "scaled by all": ({"scale": "all heads"}, 6.9270, (m.SCALED_BY_ALL,), ATTENTION, 1),
+    "mean": ({"mean": True}, 4.2835, (m.MEAN,), NORM, 0),
+    "SiLU": ({"silu": "up"}, 19.2263, (m.SILU,), MLP, 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "loss", "mistakes", "place", "position"), REAL.values(), ids=REAL
+)
+def test_known_losses_of_the_real_weights(
+    options, loss, mistakes, place, position, candidate, smollm2
+):
+    subject = load_candidate(candidate(variant(**options)), smollm2, 512)
+    text = (ROOT / "input.txt").read_text("utf-8")
+    ids = torch.tensor([smollm2.tokenizer(text[:4000]).input_ids[:512]])
+    with torch.no_grad():
+        assert subject.loss(ids).item() == pytest.approx(loss, abs=2e-4)
+    subject.longest = 64  # enough to find the mistake
+    settings = load_config(ROOT / "SmolLm3_Config.yaml", "cpu").proof
+    found = diagnose(Comparison(subject, smollm2, load_copy(smollm2), settings, text))
+    assert found.get("mistakes", ()) == mistakes
+    assert not mistakes or str(found["difference"]).startswith(f"{place}, from position {position}")

@@ -1,0 +1,264 @@
+"""Finds the original's tensors in somebody else's model, by name.
+
+`NAMES` goes from Hugging Face's names to theirs, by part or in full:
+
+    NAMES = {
+        "layers": "blocks",                                # by part
+        "self_attn.q_proj": "attn.wq",                     # several parts
+        ("q_proj", "k_proj", "v_proj"): "qkv",             # one tensor has the rows of all three
+        "down_proj": ("w2", "transposed"),                 # stored as (inputs, outputs)
+        "model.norm.weight": "final_scale",                # in full
+    }
+
+`model.` at the start of a name may be left out, on both sides.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+import torch
+from torch import Tensor
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"))
+ALIASES = {  # words in the names of other models, for suggestions
+    "q_proj": "q wq query",
+    "k_proj": "k wk key",
+    "v_proj": "v wv value",
+    "o_proj": "o wo out output proj c_proj dense",
+    "gate_proj": "gate w1 fc1",
+    "up_proj": "up w3 fc2",
+    "down_proj": "down w2 fc3 c_proj proj",
+    "input_layernorm": "ln1 norm1 ln_1 norm_1 attn attention",
+    "post_attention_layernorm": "ln2 norm2 ln_2 norm_2 ffn mlp post",
+    "embed_tokens": "wte tok embed embedding embeddings token",
+    "norm": "ln_f final last norm_f",
+    "lm_head": "head output unembed",
+    "q_proj k_proj v_proj": "qkv wqkv c_attn in_proj",
+    "k_proj v_proj": "kv wkv",
+    "gate_proj up_proj": "gate_up w13 w12 fc",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An entry of NAMES, for one of Hugging Face's names: parts of a name become other parts."""
+
+    parts: tuple[str, ...]
+    theirs: tuple[str, ...]
+    group: tuple[tuple[str, ...], ...]  # the names whose tensors are in one; mostly one name
+    transposed: bool
+
+    def replaced(self, name: str, parts: tuple[str, ...]) -> str:
+        """The name with these parts instead of the rule's."""
+        return f".{name}.".replace(f".{'.'.join(self.parts)}.", f".{'.'.join(parts)}.")[1:-1]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor of the original is in a model."""
+
+    name: str  # of the parameter
+    start: int = 0  # its first row, and their number, if the parameter has other tensors too
+    rows: int | None = None
+    transposed: bool = False
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of a parameter, or of its gradient, in the original's layout."""
+        parameter = parameter.T if self.transposed else parameter
+        return parameter if self.rows is None else parameter[self.start : self.start + self.rows]
+
+
+@dataclass
+class Match:
+    """The result of `match_names`."""
+
+    slots: dict[str, list[Slot]] = field(default_factory=dict)  # two: also in an untied head
+    missing: list[str] = field(default_factory=list)  # of the original
+    extra: list[str] = field(default_factory=list)  # of the model
+    wrong: list[str] = field(default_factory=list)  # sentences on shapes and NAMES
+    head: str = ""
+
+    @property
+    def problems(self) -> list[str]:
+        """All of them as lines; the layers of equal ones are counted."""
+        lists = (("missing", self.missing), ("extra", self.extra), ("", self.wrong))
+        counts = Counter(
+            f"{kind} {re.sub(r'[.]([0-9]+)[.]', '.N.', name)}".strip()
+            for kind, names in lists
+            for name in names
+        )
+        return [f"{line} ({n} times)" if n > 1 else line for line, n in counts.items()]
+
+
+def parse_names(names: Mapping) -> list[Rule]:
+    """The rules of NAMES, those with more parts first. Raises ValueError for a wrong entry."""
+    rules = []
+    for key, value in names.items():
+        group = tuple(tuple(name.split(".")) for name in ((key,) if isinstance(key, str) else key))
+        theirs, *options = value if isinstance(value, (tuple, list)) else (value,)
+        if not isinstance(theirs, str) or options not in ([], ["transposed"]):
+            raise ValueError(f"NAMES[{key!r}] is {value!r}, not a name or (name, 'transposed')")
+        parts = tuple(part for part in theirs.split(".") if part)
+        rules += [Rule(one, parts, group, bool(options)) for one in group]
+    return sorted(rules, key=lambda rule: -len(rule.parts))
+
+
+def translate(name: str, rules: list[Rule]) -> tuple[str, list[Rule]]:
+    """Their name for one of Hugging Face's, without `model.`, and the rules that were used."""
+    parts, found, used = name.split("."), [], []
+    while parts:
+        rule = next((r for r in rules if tuple(parts[: len(r.parts)]) == r.parts), None)
+        found += rule.theirs if rule else parts[:1]
+        used += [rule] if rule else []
+        parts = parts[len(rule.parts) if rule else 1 :]
+    return ".".join(found).removeprefix("model."), used
+
+
+def match_names(
+    theirs: Mapping[str, Tensor], parameters: Mapping[str, Tensor], names: Mapping
+) -> Match:
+    """Finds each tensor of the original in a model's parameters, aliases of one tensor included.
+
+    theirs: the original's, with Hugging Face's names. Raises ValueError if NAMES is malformed.
+    """
+    rules, match = parse_names(names), Match()
+    own = {name.removeprefix("model."): name for name in parameters}
+    unused, owner = set(rules), {}
+    for name in theirs:
+        found, used = translate(name, rules)
+        unused -= set(used)
+        if found not in own:
+            match.missing.append(name)
+            continue
+        slot, problem = make_slot(name, own[found], parameters[own[found]], theirs, used)
+        if problem:
+            match.wrong.append(problem)
+        place = id(parameters[slot.name]), slot.start
+        if place in owner:
+            match.wrong.append(f"{name} and {owner[place]} are both in {slot.name}")
+        owner[place], match.slots[name] = name, [slot]
+    if HEAD not in theirs and EMBEDDING in match.slots:
+        unused -= match_head(match, own, parameters, rules)
+    known = {id(parameters[slot.name]) for slots in match.slots.values() for slot in slots}
+    match.extra = [name for name, tensor in parameters.items() if id(tensor) not in known]
+    match.wrong += [f"no tensor has {'.'.join(r.parts)}, a key of NAMES" for r in unused]
+    return match
+
+
+def make_slot(
+    name: str, found: str, parameter: Tensor, theirs: Mapping[str, Tensor], used: list[Rule]
+) -> tuple[Slot, str]:
+    """The slot of a tensor, and what is wrong with its shape."""
+    shape, start, rows, whole = tuple(theirs[name].shape), 0, None, theirs[name].shape[0]
+    transposed = any(rule.transposed for rule in used)
+    for rule in used:
+        if len(rule.group) > 1:
+            members = [theirs.get(rule.replaced(name, other)) for other in rule.group]
+            sizes = [0 if member is None else member.shape[0] for member in members]
+            place = rule.group.index(rule.parts)
+            start, rows, whole = sum(sizes[:place]), sizes[place], sum(sizes)
+    expected = (whole, *shape[1:])
+    actual = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+    problem = ""
+    if actual != expected:
+        problem = f"{found} has shape {tuple(parameter.shape)}, {name} needs "
+        problem += f"{expected[::-1] if transposed else expected}"
+        if actual == expected[::-1]:
+            problem += ": the other way round"
+    return Slot(found, start, rows, transposed), problem
+
+
+def match_head(
+    match: Match, own: Mapping[str, str], parameters: Mapping[str, Tensor], rules: list[Rule]
+) -> set[Rule]:
+    """Is the head tied, as in the original? An untied one gets a copy of the embedding."""
+    found, used = translate(HEAD, rules)
+    (embedding,) = match.slots[EMBEDDING]
+    tied = [name for name, p in parameters.items() if p is parameters[embedding.name]]
+    if found not in own or own[found] in tied:
+        match.head = "the head is tied" if len(tied) > 1 else "the head has no tensor of its own"
+    else:
+        slot = Slot(own[found], transposed=any(rule.transposed for rule in used))
+        head, same = (each.view(parameters[each.name]) for each in (slot, embedding))
+        match.slots[EMBEDDING].append(slot)
+        match.head = f"the head is NOT tied: a copy of the embedding, {head.numel()} numbers more"
+        if head.shape != same.shape:
+            match.wrong.append(f"{slot.name} does not have the shape of the embedding")
+    return set(used)
+
+
+@torch.no_grad()
+def load(match: Match, theirs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Copies the original's tensors into the parameters."""
+    for name, slots in match.slots.items():
+        for slot in slots:
+            slot.view(parameters[slot.name]).copy_(theirs[name])
+
+
+# --- suggestions ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors with one shape that differ only in the layer's number."""
+
+    stack: str | None  # the name before the number
+    leaves: tuple[str, ...]  # the name after it; several for a group in one tensor
+    shape: tuple[int, ...]
+    count: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(leaf.removesuffix(".weight") for leaf in self.leaves)
+
+
+def suggest_names(
+    match: Match, theirs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict:
+    """A NAMES for what is missing, from shapes, numbers and similar words. It is only a guess."""
+    wanted, offered = kinds(match.missing, theirs), kinds(match.extra, parameters)
+    for group in GROUPS:
+        members = [k for part in group for k in wanted if k.names[-1].split(".")[-1] == part]
+        if len(members) == len(group):
+            leaves = tuple(leaf for member in members for leaf in member.leaves)
+            shape = (sum(member.shape[0] for member in members), *members[0].shape[1:])
+            wanted.append(Kind(members[0].stack, leaves, shape, members[0].count))
+    if HEAD not in theirs:  # it is tied there, but it may have a name here
+        wanted.append(Kind(None, (HEAD,), tuple(theirs[EMBEDDING].shape), 1))
+    pairs = [(similarity(a, b), a, b) for a in wanted for b in offered if fits(a, b)]
+    names, done = {}, set()
+    for _, a, b in sorted(pairs, key=lambda pair: -pair[0]):
+        if done.isdisjoint({*a.leaves, b}):
+            done |= {*a.leaves, b}
+            if a.stack != b.stack:
+                names[a.stack] = b.stack
+            turned = a.shape != b.shape
+            key = a.names if len(a.names) > 1 else a.names[0]
+            if turned or key != b.names[0]:
+                names[key] = (b.names[0], "transposed") if turned else b.names[0]
+    return names
+
+
+def kinds(names: list[str], tensors: Mapping[str, Tensor]) -> list[Kind]:
+    split = re.compile(r"(?:model[.])?(?:(.+?)[.][0-9]+[.])?(.+)").fullmatch
+    counts = Counter((*split(name).groups(), tuple(tensors[name].shape)) for name in names)
+    return [Kind(stack, (leaf,), shape, n) for (stack, leaf, shape), n in counts.items()]
+
+
+def fits(wanted: Kind, offered: Kind) -> bool:
+    same_place = wanted.count == offered.count and (wanted.stack is None) == (offered.stack is None)
+    return same_place and offered.shape in (wanted.shape, wanted.shape[::-1])
+
+
+def similarity(wanted: Kind, offered: Kind) -> float:
+    """From 0 to 2: one for a usual word, and the share of equal letters."""
+    ours, theirs = " ".join(wanted.names), offered.names[0]
+    words = {*re.split("[._]", theirs), *theirs.split(".")}
+    modules = " ".join(name.split(".")[-1] for name in wanted.names)
+    usual = not words.isdisjoint(ALIASES.get(modules, "").split())
+    turned = wanted.shape != offered.shape
+    return usual + SequenceMatcher(None, ours, theirs).ratio() - turned / 2
