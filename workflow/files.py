@@ -30,7 +30,7 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows cannot fsync a file opened for reading
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # the rename then survives a power failure; Windows cannot do this
@@ -46,7 +46,7 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
 
 def write_text_atomic(path: Path, text: str, setting: str) -> None:
     with atomic_write(path, setting) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager

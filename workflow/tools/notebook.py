@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
@@ -39,8 +41,10 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     settings = [os.environ.get(OVERRIDES_VARIABLE, ""), shlex.join(overrides)]
     environment = os.environ | {OVERRIDES_VARIABLE: " ".join(settings)}
+    # without installed kernels, it is the one of this Python: JUPYTER_PATH can have another python3
+    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     # without this log level, each run warns that loopback is not encrypted
-    options = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    options = {"km": kernel, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
     options |= {"skip_cells_with_tag": SKIP_TAG, "record_timing": False, "coalesce_streams": True}
     client = LiveClient(notebook, **options)
     try:
