@@ -37,7 +37,7 @@ test: setup lint
 test-all: test llama-cpp
 	@$(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
-# a thousand kills, ten thousand flipped bits, hostile files, a fuzzer; takes a quarter of an hour
+# a thousand kills, ten thousand flipped bits, hostile files, lies, a fuzzer; takes a quarter of an hour
 torture: setup
 	@$(BIN)/python tests/torture.py
 

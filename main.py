@@ -20,21 +20,20 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 from workflow import analysis, proof, training
-from workflow.config import Config, load_config
+from workflow.config import Config, OneLineParser, at_least, load_config
 from workflow.data import load_corpus, read_text
-from workflow.errors import ForeignError, WorkflowError, one_line_errors
+from workflow.errors import WorkflowError, one_line_errors
 from workflow.proof import mutations
 from workflow.reference import export as export_model
-from workflow.reference import load_reference
+from workflow.tools import models
 from workflow.training import distributed
 from workflow.training.signals import raise_on_sigterm
 
-REFERENCE = "reference"  # instead of a checkpoint: the original's weights
+MODEL_WORDS = "a checkpoint file, a run's folder (its newest one), or an exported folder"
 
 # --- the commands; the docstring of each is its help ----------------------------------------------
 
@@ -104,18 +103,20 @@ def train(arguments: Namespace) -> None:
 
 
 def resume(arguments: Namespace) -> None:
-    """Resume from CHECKPOINT and train up to the last step.
+    """Resume from CHECKPOINT, with its settings, and train up to the last step.
 
-    This is step train.steps + train.resume_steps. If the run has later checkpoints,
-    the newest is loaded instead. Settings that differ from the checkpoint are shown
-    as a table, and refused unless --allow names them.
+    This is step train.steps + train.resume_steps of the run, or --until N. If the
+    run has later checkpoints, the newest is loaded instead. --set changes a
+    setting. If this changes the numbers of the run, --allow must name it.
 
     example:
-      python main.py resume checkpoints/RUN/checkpoint_5000.pt --profile cpu
+      python main.py resume checkpoints/RUN --until 6000
     """
-    config = configure(arguments)
-    run = training.resume_run(arguments.checkpoint, config, arguments.allow)
-    train_until(config.last_step, run, config)
+    loaded = training.load_checkpoint(arguments.checkpoint)
+    config = configure(arguments, training.saved_settings(*loaded))
+    if (max_steps := arguments.until or config.last_step) < (step := loaded[1]["step"]):
+        raise WorkflowError(f"step {max_steps}", f"the run is already at {step}", "use --until N")
+    train_until(max_steps, training.resume_run(loaded, config, arguments.allow), config)
 
 
 def generate(arguments: Namespace) -> None:
@@ -130,9 +131,9 @@ def generate(arguments: Namespace) -> None:
     import torch
 
     prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt
-    model, tokenizer, _, config = open_model(arguments)
     filters = arguments.top_k, arguments.top_p, arguments.min_p
     options = analysis.sampling_options(arguments.temperature, *filters)
+    model, tokenizer, _, config = open_model(arguments)
     options["generator"] = torch.Generator().manual_seed(config.run.seed)
     with one_line_errors("generate", "change the prompt or the options"):
         ids = analysis.prompt_ids(tokenizer, prompt, arguments.chat)
@@ -155,12 +156,11 @@ def evaluate(arguments: Namespace) -> None:
     model, tokenizer, _, _ = open_model(arguments)
     text, digest = read_text(arguments.data)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    window = arguments.window or min(1024, model.config.max_position_embeddings)
     if arguments.windows:
-        text = tokenizer.decode(tokens := tokens[: arguments.windows * arguments.window])
+        text = tokenizer.decode(tokens := tokens[: arguments.windows * window])
     with one_line_errors("evaluate", "change --window, --stride or the text"):
-        if arguments.window > (context := model.config.max_position_embeddings):
-            raise ValueError(f"window {arguments.window} exceeds the model's context of {context}")
-        result = analysis.evaluate(model, tokens, arguments.window, arguments.stride, text)
+        result = analysis.evaluate(model, tokens, window, arguments.stride, text)
     print(f"{arguments.data} (sha256 {digest[:12]}…): {result}")
 
 
@@ -197,33 +197,41 @@ def bench(arguments: Namespace) -> None:
         print(bench.report(config, rounds, arguments.only))
 
 
+def runs(arguments: Namespace) -> None:
+    """List the runs, or compare two of them.
+
+    The list shows what differs from the run before. With two names, the losses are
+    drawn in one picture, and the settings that differ are printed.
+
+    example:
+      python main.py runs
+    """
+    from workflow.tools import runs  # matplotlib: seconds that other commands do not need
+
+    settings = load_config(profile=arguments.profile, overrides=arguments.set)
+    print(runs.report(settings.paths.runs, arguments.names))
+
+
 COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
-COMMANDS |= {"generate": generate, "evaluate": evaluate, "export": export, "bench": bench}
+COMMANDS |= {"runs": runs, "generate": generate, "evaluate": evaluate, "export": export}
+COMMANDS |= {"bench": bench}
 
 
-def configure(arguments: Namespace) -> Config:
-    config = load_config(profile=arguments.profile, overrides=arguments.set)
+def configure(arguments: Namespace, saved: dict | None = None) -> Config:
+    config = load_config(profile=arguments.profile, overrides=arguments.set, saved=saved)
     print(config)
     return config
 
 
 def open_reference(arguments: Namespace):
     config = configure(arguments)
-    source, cache = config.reference.source, config.paths.cache
-    return load_reference(source, config.model_entry, cache=cache), config
+    return models.open_reference(config), config
 
 
 def open_model(arguments: Namespace):
     """Model, tokenizer (of transformers), provenance, and the settings."""
-    if arguments.checkpoint == REFERENCE:
-        reference, config = open_reference(arguments)
-        model, provenance = proof.copy_reference(reference), asdict(reference.provenance)
-        return model, reference.tokenizer, provenance, config
-    try:
-        return *training.load_model(Path(arguments.checkpoint)), configure(arguments)
-    except ForeignError as error:
-        reference, config = open_reference(arguments)
-        return *training.load_foreign_model(error, reference), config
+    config = configure(arguments)
+    return *models.open_model(arguments.checkpoint, config), config
 
 
 def train_until(max_steps: int, run, config: Config) -> None:
@@ -240,7 +248,7 @@ def train_until(max_steps: int, run, config: Config) -> None:
 def parser() -> ArgumentParser:
     layout = {"formatter_class": RawDescriptionHelpFormatter}
     about, exit_codes = __doc__.split("\n\n", 1)
-    top = ArgumentParser(description=about, epilog=exit_codes, **layout)
+    top = OneLineParser(prog="main.py", description=about, epilog=exit_codes, **layout)
     options = {"title": "commands", "metavar": "COMMAND", "dest": "command"}
     commands = top.add_subparsers(required=True, **options)
     for name, command in COMMANDS.items():
@@ -269,23 +277,30 @@ def add_options(parser: ArgumentParser, command: str) -> None:
         add("checkpoint", metavar="CHECKPOINT", type=Path, help=words)
         words = "train.NAME: it may differ; random: random states may be missing (default: none)"
         add("--allow", metavar="KEY", action="append", default=[], help=words)
+        words = "up to step N (default: train.steps + train.resume_steps)"
+        add("--until", metavar="N", type=at_least(1), help=words)
     elif command == "generate":
         add_generate_options(parser)
     elif command in ("evaluate", "export"):
-        words = "a checkpoint file, or `reference`: the original model"
+        words = f"{MODEL_WORDS}, or `reference`: the original"
         add("checkpoint", metavar="CHECKPOINT", help=words)
     if command == "evaluate":
         add("--data", metavar="TEXT", type=Path, required=True, help="a UTF-8 text file")
-        add("--window", metavar="N", type=int, default=1024, help="window size (default: 1024)")
+        words = "window size (default: 1024, or the model's context if that is shorter)"
+        add("--window", metavar="N", type=at_least(2), help=words)
         words = "tokens between window starts (default: the window size)"
-        add("--stride", metavar="N", type=int, help=words)
+        add("--stride", metavar="N", type=at_least(1), help=words)
         words = "only the first N windows of text (default: all)"
-        add("--windows", metavar="N", type=int, help=words)
+        add("--windows", metavar="N", type=at_least(1), help=words)
     elif command == "export":
         add("folder", metavar="FOLDER", type=Path, help="a new or an empty folder")
         add("--gguf", choices=("F32", "F16", "Q8_0"), help="also write GGUF (default: none)")
+    elif command == "runs":
+        words = "two runs to compare, by name or folder (default: list all)"
+        add("names", metavar="RUN", nargs="*", help=words)
     elif command == "bench":
-        add("--rounds", metavar="N", type=int, default=7, help="repetitions (default: 7)")
+        add("--rounds", metavar="N", type=at_least(1), default=7, help="repetitions (default: 7)")
+        add = parser.add_mutually_exclusive_group().add_argument
         add("--busy", **flag, help="measure training steps beside a busy program")
         add("--phases", **flag, help="measure the parts of a training step")
         add("--only", metavar="WORDS", default="", help="rows named …WORDS… (default: all)")
@@ -295,14 +310,16 @@ def add_generate_options(parser: ArgumentParser) -> None:
     add, flag = parser.add_argument, {"action": "store_true"}
     words = "the text to continue; - reads stdin (default: -)"
     add("prompt", metavar="PROMPT", nargs="?", default="-", help=words)
-    words = "a checkpoint file (default: reference, the original)"
-    add("--checkpoint", metavar="FILE", default=REFERENCE, help=words)
+    words = f"{MODEL_WORDS} (default: reference, the original)"
+    add("--checkpoint", metavar="PATH", default=models.REFERENCE, help=words)
     add("--bf16", **flag, help="weights in bfloat16: faster, less exact")
     add("--chat", **flag, help="PROMPT is a user's message; needs an Instruct model")
-    add("--tokens", metavar="N", type=int, default=64, help="at most N new tokens (default: 64)")
+    words = "at most N new tokens (default: 64)"
+    add("--tokens", metavar="N", type=at_least(1), default=64, help=words)
     words = "0 is greedy (default: 0; 1 with --top-k, --top-p or --min-p)"
     add("--temperature", metavar="T", type=float, help=words)
-    add("--top-k", metavar="N", type=int, help="sample from the N best tokens (default: all)")
+    words = "sample from the N best tokens (default: all)"
+    add("--top-k", metavar="N", type=at_least(1), help=words)
     words = "sample from the most likely tokens with a total probability of P (default: 1)"
     add("--top-p", metavar="P", type=float, default=1.0, help=words)
     words = "sample from tokens at least P times as likely as the best (default: 0)"
@@ -311,13 +328,13 @@ def add_generate_options(parser: ArgumentParser) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     raise_on_sigterm()
-    options = parser().parse_args(arguments)
     sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
     try:
+        options = parser().parse_args(arguments)
         distributed.start(options.command in ("train", "resume"))
         return COMMANDS[options.command](options) or 0
     except WorkflowError as error:
-        if options.debug:
+        if "--debug" in (arguments or sys.argv):
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

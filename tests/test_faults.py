@@ -1,5 +1,6 @@
 """What goes wrong outside: one line, its exit code, and nothing is lost."""
 
+import json
 import re
 import resource
 import shutil
@@ -55,7 +56,7 @@ def test_training_settings_that_differ_are_a_table_and_can_be_allowed(here, trai
     settings = (*SHORT, "train.learning_rate=0.001", "train.betas=[0.9, 0.99]")
     resume = ("resume", str(trained), "--allow", "train.betas")
     code, printed, error = here(*resume, settings=settings)
-    assert code == 3 and "or allow each: --allow train.learning_rate" in error
+    assert code == 3 and "--set train.learning_rate=0.001 --allow train.learning_rate" in error
     assert re.search(r"^config.train.learning_rate +0.003 +0.001$", printed, re.MULTILINE)
     assert re.search(r"^config.train.betas.1 +0.95 +0.99$", printed, re.MULTILINE)
     code, printed, _ = here(*resume, "--allow", "train.learning_rate", settings=settings)
@@ -95,6 +96,31 @@ def test_a_checkpoint_is_evaluated_also_if_it_holds_only_weights(here, refused, 
     assert loss(str(trained)) == own
     one_layer = ["models.tiny.architecture.num_hidden_layers=1"]
     assert "model.layers.1" in refused(3, "evaluate", str(trained), *words, settings=one_layer)
+
+
+def change_tokenizer(path) -> None:
+    file = path.with_name("tokenizer.json")
+    content = json.loads(file.read_text()) | {"normalizer": {"type": "Lowercase"}}
+    file.write_text(json.dumps(content))
+
+
+def change_dtype(path) -> None:
+    state = checkpoint.load(path)
+    state["model"]["model.norm.weight"] = state["model"]["model.norm.weight"].bfloat16()
+    checkpoint.save(path, state)
+
+
+@pytest.mark.parametrize("words", [("evaluate", "--data", "input.txt"), ("export", "out")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_tokenizer, "json: this is not the tokenizer that the run was trained with"),
+        (change_dtype, "model.norm.weight is torch.bfloat16, expected torch.float32"),
+    ],
+)
+def test_a_changed_tokenizer_or_dtype_of_a_run_is_refused(refused, trained, change, message, words):
+    change(trained)
+    assert message in refused(3, words[0], str(trained), *words[1:])
 
 
 # --- signals --------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ import io
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
 
 import main
 from conftest import SHORT
+from workflow import training
 from workflow.errors import ConfigError
 from workflow.proof import BOUNDS
 from workflow.training import load_model
+from workflow.training.metrics import read_log
 
 
 def checkpoints(project) -> dict[str, bytes]:
@@ -47,12 +50,66 @@ def test_train_then_resume_then_both_again(here, project):
     assert "Step: 5, Resume Loss: " in printed and samples(printed) == ["25"]
     saved = checkpoints(project)
     assert set(saved) == {"checkpoint_20.pt", "checkpoint_25.pt"}
-    for words, steps in ((["train"], ["10", "20"]), (["resume", str(path)], ["25"])):
+    for words, steps in ((["train"], ["0", "10", "20"]), (["resume", str(path)], ["25"])):
         code, printed, _ = here(*words, settings=SHORT)
-        assert code == 0 and "already at step 25" in printed and samples(printed) == steps
+        nothing = f"Nothing to train: run {path.parent.name} is complete; replaying its log"
+        assert code == 0 and nothing in printed and samples(printed) == steps
     assert checkpoints(project) == saved
-    assert here("train", settings=(*SHORT, "train.learning_rate=1e-4"))[0] == 0
+    assert here("train", settings=(*SHORT, "train.learning_rate=1e-3"))[0] == 0
     assert len(list(project.glob("checkpoints/ci-*"))) == 2
+
+
+def test_sixty_steps_teach_something_and_show_the_first_last_and_held_out_loss(here, project):
+    code, printed, _ = here("train", settings=("train.steps=60", "sample.new_tokens=8"))
+    train, held_out = (
+        dict(re.findall(rf"^Step: (\d+), {kind} Loss: ([\d.]+)$", printed, re.MULTILINE))
+        for kind in ("Train", "Held-out")
+    )
+    assert code == 0 and list(train) == ["1", "60"] and list(held_out) == ["0", "60"]
+    assert float(held_out["60"]) < float(held_out["0"]) - 1.5
+    (path,) = project.glob("checkpoints/*/checkpoint_60.pt")
+    schedule = training.load_checkpoint(path)[1]["config"]["train"]
+    assert (schedule["warmup_steps"], schedule["schedule_steps"]) == (1, 110)
+
+
+def test_resume_takes_its_settings_from_the_checkpoint(
+    here, refused, trained, project, monkeypatch
+):
+    monkeypatch.setenv("SMOLLM_PROFILE", "quick")  # of another run
+    folder, log = f"checkpoints/{trained.parent.name}", project / "runs" / trained.parent.name
+    change = ("train.learning_rate=0.001", "train.betas=[0.9, 0.99]")
+    error = refused(3, "resume", folder, settings=change)
+    assert len(error) < 500 and "is 0.003 in the checkpoint and 0.001 now, " in error
+    words = shlex.split(error.partition("or type: main.py ")[2])
+    assert words[:2] == ["resume", folder] and words.count("--allow") == 2
+    code, printed, _ = here(*words, "--until", "22")
+    assert code == 0 and "Profile ci: settings from the checkpoint; changed: train." in printed
+    assert "Saved checkpoint_22.pt" in printed and samples(printed) == ["22"]
+    code, printed, _ = here("resume", folder)  # steps + resume_steps of the run
+    assert code == 0 and "Saved checkpoint_25.pt" in printed
+    rates = {r["step"]: r["learning_rate"] for r in read_log(log / "metrics.jsonl") if "loss" in r}
+    assert rates[21] < 0.0004 < 0.0006 < rates[20] and list(rates) == list(range(1, 26))
+    code, printed, _ = here("resume", folder, "--until", "30")
+    assert "Note: from step 25 on, the rate stays 0.0003" in printed
+    assert "Removed checkpoint_22.pt: train.keep_checkpoints is 2" in printed
+    assert "step 25: the run is already at 30; use --until N" in refused(2, "resume", folder)
+    assert "the profile ci; omit it" in refused(2, "resume", folder, "--profile", "cpu")
+
+
+def test_a_checkpoint_of_an_earlier_release_brings_what_changes_numbers(here, trained):
+    state = training.checkpoint.load(trained)
+    del state["settings"]
+    training.checkpoint.save(trained, state)
+    code, printed, _ = here("resume", str(trained.parent), "--until", "21")
+    assert code == 0 and "Profile ci: settings from the checkpoint" in printed
+    assert "Saved checkpoint_21.pt" in printed
+
+
+def test_a_log_without_a_checkpoint_is_mentioned_and_kept(here, trained):
+    shutil.rmtree(trained.parent)
+    code, printed, _ = here("train", settings=SHORT)
+    before, _, after = printed.partition("metrics.jsonl has 20 steps, but no checkpoint; it is now")
+    assert code == 0 and "Step: " not in before and "Step: 20, Train Loss: " in after
 
 
 def test_verify_prints_the_checks_as_json(here):
@@ -99,12 +156,35 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
         exported = AutoModelForCausalLM.from_pretrained(project / "out")
         assert torch.equal(exported(ids).logits, model(ids))
     assert "error: out: it exists" in refused(2, "export", str(trained), "out")
+    measure = ("--data", "input.txt", "--window", "64", "--windows", "4")
+    run = trained.parent
+    for name, path in (("run", run), ("one.pt", trained)):
+        (project / name).symlink_to(path)
+    paths = ("out", "run", "one.pt", str(trained), str(run), f"runs/{run.name}", run.name)
+    results = {here("evaluate", path, *measure)[1].splitlines()[-1] for path in paths}
+    assert len(results) == 1 and "loss" in results.pop()
+    assert here("generate", "Once", "--tokens", "2", "--checkpoint", "out")[0] == 0
+
+
+def test_a_run_is_resumed_through_links(here, trained, project):
+    """The folder of the run is on another disk, and the checkpoint has a link in a third place."""
+    run, folder = trained.parent, project / "disk" / "any"
+    folder.parent.mkdir()
+    run.rename(folder).joinpath(trained.name).rename(folder.parent / "one.pt")
+    run.symlink_to(folder)
+    trained.symlink_to(folder.parent / "one.pt")
+    (project / "best.pt").symlink_to(trained)
+    for path in (str(trained), "disk/any", "best.pt"):
+        code, _, error = here("resume", path, settings=SHORT)
+        assert code == 0, error
+        assert [file.name for file in (project / "runs").iterdir()] == [run.name]
 
 
 @pytest.mark.parametrize(
     ("code", "arguments", "words"),
     [
-        (2, ["train", "--set", "train.stepz=1"], "there is no such key; did you mean steps?"),
+        (2, ["train", "--set", "train.stepz=1"], "no such key; did you mean train.steps?"),
+        (2, ["train", "--set", "sample.new_tokens=500"], "500 tokens after 17 of sample.prompt do"),
         (2, ["train", "--profile", "huge"], "profile 'huge'; choose one of full, cpu, pretrain"),
         (2, ["train", "--set", "data.source=absent.txt"], "absent.txt: there is no such file"),
         (2, ["train", "--set", "data.source=short.txt"], "train on, one sequence needs 33"),
@@ -115,7 +195,22 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
         (2, ["generate", ""], "the prompt is empty, give at least one token; change the prompt"),
         (2, ["generate", "x", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
         (2, ["generate", "x", "--tokens", "600"], "do not fit: the context is 512, the prompt 1"),
-        (2, ["generate", "x", "--bf16", "--tokens", "-1"], "-1 new tokens do not fit: the context"),
+        (2, ["generate", "x", "--tokens", "-3"], "'-3' is not a whole number of 1 or more"),
+        (2, ["generate", "x", "--temperature", "0", "--top-k", "5"], "0 is greedy, and needs no"),
+        (2, ["evaluate", "reference", "--data", "x", "--window", "1"], "'1' is not a whole number"),
+        (2, ["evaluate", "reference", "--data", "x", "--windows", "-1"], "'-1' is not a whole num"),
+        (2, ["evaluate", "reference", "--data", "x", "--stride", "0"], "'0' is not a whole number"),
+        (2, ["evaluate", "reference", "--data", "short.txt", "--window", "600"], "context of 512"),
+        (2, ["evaluate", "reference", "--data", "short.txt", "--stride", "600"], "between 1 and"),
+        (
+            2,
+            ["bench", "--rounds", "0"],
+            "argument --rounds: '0' is not a whole number of 1 or more",
+        ),
+        (2, ["bench", "--only", "nothing"], "no row has this name; rows: training step, 1 × 128"),
+        (2, ["bench", "--busy", "--only", "x"], "--only: not allowed with argument --busy"),
+        (2, ["resume", "x", "--until", "0"], "main.py resume: argument --until: '0' is not a"),
+        (2, ["resume"], "the following arguments are required: CHECKPOINT; type main.py resu"),
         (2, ["generate", "x\udced"], "character 1 of the prompt is half a character"),
     ],
 )

@@ -1,5 +1,7 @@
 """The checks of torture.py, a few of each."""
 
+import lies
+
 import fuzz
 import torture
 
@@ -26,3 +28,9 @@ def test_any_input_gives_a_result_or_one_line(reference, tmp_path):
 
 def test_hostile_files_are_refused_and_run_nothing_and_need_little_memory(tmp_path):
     assert torture.load_hostile_files(tmp_path)["hostile files"] > 40
+
+
+def test_lies_are_refused_or_are_the_truth():
+    counts = lies.try_lies(every=24)
+    assert sum(counts.values()) > 25
+    assert {kind.partition(":")[0] for kind in counts} > {"tensors", "records"}

@@ -1,4 +1,4 @@
-"""Kills, damage, hostile files and fuzzing: `make torture` does many of each, the tests a few.
+"""Kills, damage, hostile files, lies and fuzzing: `make torture` does many, the tests a few.
 
 Processes really get SIGKILL in the middle of their work, and bits really flip on disk. Each process
 of a run is a fork, which need not import torch again. The model has dropout: if a random state is
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import lies
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -178,6 +179,7 @@ def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]
     assert not left, f"temporary files were left: {left}"
     (folder,) = config.paths.checkpoints.iterdir()
     state = checkpoint.load(checkpoint.checkpoint_path(folder, workspace.steps))
+    del state["log"], state["settings"]  # they have times, and folders, which differ
     (runs,) = config.paths.runs.iterdir()
     rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "began" not in row]  # one for each process
@@ -409,6 +411,7 @@ def main() -> None:
         folder, reference = workspace.subfolder("fuzz").folder, workspace.reference
         done = fuzz.fuzz_yaml(folder, 3000) + fuzz.fuzz_text(folder, reference, 3000)
         report({"fuzz cases": done + fuzz.fuzz_prompts(reference, 3000)})
+    report(lies.try_lies())
     counts["seconds"] = round(time.perf_counter() - started)
     print(", ".join(f"{name}: {value}" for name, value in counts.items()))
 

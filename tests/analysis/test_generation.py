@@ -5,6 +5,7 @@ import torch
 
 from SmolLm3 import LlamaModel, token_probabilities
 from workflow.analysis import prepare_for_generation, prompt_ids, sampling_options, stream_text
+from workflow.errors import WorkflowError
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,9 @@ def test_a_chat_uses_the_template_of_the_tokenizer(reference):
     )
     ids = prompt_ids(reference.tokenizer, "Hi", chat=True)
     assert reference.tokenizer.decode(ids) == "<user>Hi<assistant>"
+    reference.tokenizer.chat_template = "{% for"
+    with pytest.raises(WorkflowError, match=r"chat template cannot be used .*; omit --chat"):
+        prompt_ids(reference.tokenizer, "Hi", chat=True)
 
 
 def test_in_float32_the_model_is_stored_by_columns_and_generates_the_same_text(model):

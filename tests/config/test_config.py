@@ -1,6 +1,8 @@
 """Loading the settings: the YAML, a profile and overrides."""
 
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +14,87 @@ from workflow.errors import ConfigError, WorkflowError
 YAML = ROOT / "SmolLm3_Config.yaml"
 
 
-@pytest.mark.parametrize("profile", ["full", "pretrain", "cpu", "quick", "ci"])
-def test_every_profile_is_complete(profile):
+@pytest.mark.parametrize(
+    ("profile", "schedule"),  # of 5000 + 50 steps
+    [
+        ("full", (1e-4, 1e-5, 100, 5050, None)),
+        ("pretrain", (5.3e-4, 0.0, 5, 5050, 1010)),
+        ("cpu", (2e-5, 2e-6, 100, 5050, None)),
+        ("quick", (2e-3, 2e-4, 100, 5050, None)),
+        ("ci", (3e-3, 3e-4, 100, 5050, None)),
+    ],
+)
+def test_every_profile_is_complete_and_its_shares_become_numbers(profile, schedule):
     config = load_config(YAML, profile)
-    assert (config.train.steps, config.train.resume_steps) == (5000, 50)
-    assert config.train.schedule_steps >= config.last_step
+    train = config.train
+    assert (train.steps, train.resume_steps) == (5000, 50)
+    rates = train.learning_rate, train.min_learning_rate
+    assert (*rates, train.warmup_steps, train.schedule_steps, train.decay_steps) == schedule
     assert isinstance(config.model_entry.architecture, ModelConfig)
+
+
+def test_the_schedule_is_a_share_of_the_run_or_a_number():
+    train = load_config(YAML, "pretrain", ["train.steps=1000", "train.resume_steps=100"]).train
+    assert (train.warmup_steps, train.schedule_steps, train.decay_steps) == (1, 1100, 220)
+    changes = "train.steps=60", "train.warmup_steps=12.5%", "train.schedule_steps=200"
+    train = load_config(YAML, "ci", [*changes, "train.decay_steps=50", "train.decay=linear"]).train
+    assert (train.warmup_steps, train.schedule_steps, train.decay_steps) == (8, 200, 50)
+
+
+def test_the_header_has_the_values_in_force_and_what_the_profile_overrides(monkeypatch):
+    header = str(load_config(YAML, "quick", ["train.steps=60", "train.decay_steps=20%"]))
+    assert "It overrides the YAML's base section in proof.quick, train.model, train.init" in header
+    assert "; 60 + 50 steps of 1 × 64 tokens train small from random weights on " in header
+    rates = "up to 0.002 at step 1, then cosine from step 88 to 0.0002 at step 110"
+    assert f"Learning rate: {rates}" in header
+
+
+def test_settings_of_a_run_replace_the_profile_but_overrides_come_last(monkeypatch):
+    run = load_config(YAML, "quick", ["train.steps=60", "data.source=a #1", "paths.runs=/r"])
+    saved = run.model_dump(mode="json")
+    monkeypatch.setenv("SMOLLM_PROFILE", "ci")
+    assert load_config(YAML, None, (), saved).model_dump() == run.model_dump()
+    longer = load_config(YAML, "quick", ["train.steps=90"], saved).train
+    assert (longer.steps, longer.warmup_steps, longer.schedule_steps) == (90, 1, 110)
+    with pytest.raises(ConfigError, match="--profile ci: this run has the profile quick; omit it"):
+        load_config(YAML, "ci", (), saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "typed", "value"),
+    [
+        ("data.source", "texts/note #1.txt", "texts/note #1.txt"),
+        ("data.source", "~/$NAME/a: b", "/home/me/texts/a: b"),
+        ("sample.prompt", "Question: why", "Question: why"),
+        ("sample.prompt", "Issue # 5, ~", "Issue # 5, ~"),
+        ("sample.prompt", "[1", "[1"),
+        ("data.column", "010", "010"),
+        ("data.name", "null", None),
+        ("reference.source", "$HOME/model", "/home/me/model"),
+        ("proof.wikitext_file", "~/test.txt", Path("/home/me/test.txt")),
+        ("paths.checkpoints", "~/ck", Path("/home/me/ck")),
+        ("evaluation.texts", "a #1.txt", (Path("a #1.txt"),)),
+        ("evaluation.texts", "[a.txt, ~/b.txt]", (Path("a.txt"), Path("/home/me/b.txt"))),
+        ("train.learning_rate", "1e-3", 1e-3),
+        ("train.betas", "[0.5, 0.6]", (0.5, 0.6)),
+        ("train.model", "null", None),
+        ("models.tiny.architecture.rope_theta", "5e4", 5e4),
+        ("run.name", "1e5", "1e5"),
+    ],
+)
+def test_an_override_is_taken_as_it_was_typed(key, typed, value, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("NAME", "texts")
+    found = load_config(YAML, "ci", [f"{key}={typed}"])
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert found == value
+
+
+def test_paths_of_the_yaml_are_expanded_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "my.yaml").write_text(YAML.read_text().replace("cache: .cache", "cache: ~/cache"))
+    assert load_config(tmp_path / "my.yaml", "ci").paths.cache == Path("/home/me/cache")
 
 
 def test_model_selects_architecture_and_hub_id():
@@ -55,33 +132,56 @@ def test_overrides_come_from_environment_then_argument_and_are_printed(monkeypat
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.stepz=3", "train.stepz: there is no such key; did you mean steps?"),
-        ("breaking.steps=1", "breaking: there is no such key; did you mean mutations?"),
-        ("models.tiny.architecture.hidden_sise=3", "key; did you mean hidden_size?"),
-        ("train.steps=abc", "train.steps: 'abc' does not fit: Input should be a valid integer"),
-        ("train.steps='3'", "train.steps: '3' does not fit"),
-        ("train.steps=-3", "train.steps: -3 does not fit"),
-        ("train.learning_rate=.inf", "train.learning_rate: inf does not fit"),
-        ("train=3", "train: 3 does not fit"),
-        ("run.device=tpu", "run.device: 'tpu' does not fit"),
+        ("train.stepz=3", ": there is no such key; did you mean train.steps?"),
+        ("learning_rate=1e-3", ": there is no such key; did you mean train.learning_rate?"),
+        ("train.new_token=3", ": there is no such key; did you mean sample.new_tokens?"),
+        ("breaking.steps=1", ": there is no such key; did you mean mutations?"),
+        ("models.tiny.architecture.hidden_sise=3", "mean models.tiny.architecture.hidden_size?"),
+        ("zzz=3", ": there is no such key; remove it"),
+        ("train.steps=abc", ": 'abc' does not fit: Input should be a valid integer"),
+        ("train.steps='3'", ": '3' does not fit"),
+        ("train.steps=3 # x", ": '3 # x' does not fit"),
+        ("train.steps=-3", ": -3 does not fit"),
+        ("train.warmup_steps=2 %", ": '2 %' does not fit"),
+        ("train.learning_rate=.inf", ": inf does not fit"),
+        ("train=3", ": 3 does not fit"),
+        ("run.device=tpu", ": 'tpu' does not fit"),
+        ("run.name=..", ": '..' does not fit: String should match pattern"),
+        ("run.name=exp/1", ": 'exp/1' does not fit: String should match pattern"),
+        ("paths.runs=", ": it is empty; write a path"),
+        ("evaluation.texts=[3]", ": 3 does not fit"),
         ("run.device=cuda", "run.device is cuda, but torch finds no CUDA GPU here"),
         ("models.tiny.architecture.hidden_size=33", "hidden_size 33 is not divisible"),
-        ("train.model=nope", "train.model is 'nope', which is not a row of models: SmolLM2-135M"),
-        ("train.model=small", "vocab_size 49152, the tokenizer of 'tiny' has 257"),
-        ("train.sequence_length=1024", "is 1024, more than max_position_embeddings = 512"),
-        ("train.decay_steps=6000", "is 6000, more than schedule_steps - warmup_steps = 4950"),
-        ("train.validation_tokens=10", "sequence_length is 32, more than validation_tokens = 10"),
+        ("model=SmolLM2-135", "there is no such model; did you mean SmolLM2-135M?"),
+        ("train.model=smal", "train.model is 'smal', there is no such model; did you mean small?"),
+        ("train.model=small", "vocab_size 49152, the tokenizer of model 'tiny' has 257"),
+        ("train.sequence_length=1024", "is 1024, more than the context of model tiny = 512"),
+        ("sample.new_tokens=512", "is 512, more than the context of model tiny - 1 = 511"),
+        ("proof.new_tokens=213", "is 213, more than the context of model tiny - 300 = 212"),
+        ("mutations.tokens=513", "is 513, more than the context of model tiny = 512"),
+        ("mutations.sequence_length=513", "is 513, more than the context of model tiny = 512"),
+        ("smoke_test.sequence_length=513", "is 513, more than the context of model tiny = 512"),
+        ("evaluation.window=513", "is 513, more than the context of model tiny = 512"),
+        ("train.decay_steps=6000", "more than train.schedule_steps - train.warmup_steps = 4950"),
+        ("train.warmup_steps=6000", "is 6000, more than train.schedule_steps = 5050; change one"),
+        ("train.min_learning_rate=1", "is 1.0, more than train.learning_rate = 0.003; change one"),
+        ("train.validation_tokens=10", "is 32, more than train.validation_tokens = 10; change one"),
+        ("train.micro_batch_size=2", "batch_size 1 is not a multiple of train.micro_batch_size 2"),
         ("train.batch_size=999999999", "is 31999999968, more than 2^24 = 16777216"),
+        ("mutations.batch_size=999999", "is 31999968, more than 2^24 = 16777216"),
         ("smoke_test.save_at=10", "smoke_test.save_at is 10, more than smoke_test.steps - 1 = 9"),
-        ("nonsense", "--set nonsense: this is not key=value"),
+        ("nonsense", ": this is not key=value"),
     ],
 )
 def test_invalid_setting_is_one_line_with_key_value_and_fix(override, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load_config(YAML, "ci", [override])
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"--set {override}: ") and "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+    monkeypatch.setenv("SMOLLM_SET", shlex.quote(override))
+    with pytest.raises(ConfigError, match=re.escape(f"SMOLLM_SET {override}: ")):
+        load_config(YAML, "ci")
 
 
 def test_yaml_is_read_as_version_1_2():
@@ -106,6 +206,7 @@ INVALID = "this is not valid YAML here"
         (b"profiles: [1]\n", "there is no profile 'ci'"),
         (b"profiles: {ci: {}}\n? [b]\n: 2\n", "use text as keys"),
         (b"profiles: {ci: {}}\na: &a [*a]\n", "no table that contains itself"),
+        (b"profiles: {ci: {a: 1}}\na: &a {b: *a}\nb: *a\n", "no table that contains itself"),
     ],
 )
 def test_invalid_yaml_file_is_refused(tmp_path, content, message):

@@ -35,7 +35,7 @@ def read(files, column="text") -> list[str]:
 
 @pytest.fixture
 def table(tmp_path):
-    """Writes rows to a parquet, JSON or CSV file."""
+    """Writes rows to a parquet, JSON, CSV or TSV file."""
 
     def make(name: str, rows: list, column: str = "text"):
         path = tmp_path / name
@@ -44,9 +44,10 @@ def table(tmp_path):
             from pyarrow import parquet
 
             parquet.write_table(pyarrow.table({"id": range(len(rows)), column: rows}), path)
-        elif name.endswith(".csv"):
+        elif name.endswith(("csv", "tsv")):
             with open(path, "w", newline="") as file:
-                csv.writer(file).writerows([("id", column), *enumerate(rows)])
+                writer = csv.writer(file, delimiter="," if name.endswith("csv") else "\t")
+                writer.writerows([("id", column), *enumerate(rows)])
         else:
             lines = "".join(json.dumps({"id": 1, column: row}) + "\n" for row in rows)
             (gzip.open if name.endswith(".gz") else open)(path, "wb").write(lines.encode())
@@ -69,11 +70,20 @@ def test_reading_in_small_pieces_gives_the_same_token_ids(smollm2, monkeypatch):
         assert (len(ids) > len(expected)) == is_cut
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.csv"])
+@pytest.mark.parametrize(
+    "name", ["a.parquet", "a.jsonl", "a.jsonl.gz", "a.ndjson", "a.csv", "a.tsv"]
+)
 def test_rows_are_lines_of_articles_or_documents(table, name):
     assert read([table(name, LINES)]) == DOCUMENTS
     rows = table(f"b{name}", ["", "one row\nof two lines", None, "another"])
     assert read([rows]) == ["one row\nof two lines", "another"]
+    words = ["null", "NA", "None", "nan", "007", "2020-01-01", "True"]
+    assert read([table(f"c{name}", words)]) == words
+
+
+def test_a_json_list_is_read_and_a_row_can_lack_the_column(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "one"},\n {"id": 2}, {"text": "two"}]')
+    assert read([tmp_path / "a.json"]) == ["one", "two"]
 
 
 def test_articles_can_continue_in_the_next_file_but_complete_ones_are_not_joined(table):
@@ -113,7 +123,7 @@ def cut(path, name: str):
         (lambda table: table("a.parquet", [1, 2]), "column 'text' contains int, not text"),
         (lambda table: table("a.parquet", ["", None]), "column 'text' is empty"),
         (lambda table: cut(table("a.parquet", LINES), "b.parquet"), "it cannot be read as parquet"),
-        (lambda table: cut(table("a.jsonl.gz", LINES), "b.jsonl.gz"), "it cannot be read as json"),
+        (lambda table: cut(table("a.jsonl.gz", LINES), "b.jsonl.gz"), "it is damaged"),
         (lambda table: cut(table("a.jsonl.gz", LINES), "b.gz"), "it is damaged"),
         (lambda table: table("a.jsonl", LINES).with_name("a" * 300), "it cannot be read"),
     ],
@@ -126,17 +136,24 @@ def test_unreadable_table_is_refused_in_one_line(table, capfd, make, message):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        (b"", "the file is empty"),
-        (b"abc\xffdef", "byte 3 is not UTF-8"),
-        (b"abc\0def", "character 3 is a NUL"),
+        ("a.txt", b"", "the file is empty"),
+        ("a.txt", b"abc\xffdef", "byte 3 is not UTF-8; save the file as UTF-8"),
+        ("a.txt", b"abc\0def", "character 3 is a NUL"),
+        ("a.csv", b"text\ncaf\xe9\n", "byte 8 is not UTF-8; save the file as UTF-8"),
+        ("a.csv", b'text\nx\n"y\n', "line 3: unexpected end of data"),
+        ("a.csv", b"text\na, b\n", "line 2: it has more values than line 1"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', "byte 24 is not UTF-8; save"),
+        ("a.jsonl", b'{"text": "x"}\nx\n', "line 2: Expecting value"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogates not allowed"),
+        ("a.json", b'["x"]', "line 1: a str is not an object"),
     ],
 )
-def test_file_that_is_not_text_is_refused(tmp_path, content, message):
-    (tmp_path / "text.txt").write_bytes(content)
+def test_file_that_is_not_text_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        read_text(tmp_path / "text.txt")
+        read([tmp_path / name])
 
 
 def test_path_that_is_not_a_file_is_refused_without_hanging(tmp_path):

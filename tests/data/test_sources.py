@@ -47,15 +47,19 @@ def settings(**changed):
     [
         ("b.txt a.txt", "a.txt b.txt", ""),
         ("train-2.txt train-1.txt valid.txt test.txt", "train-1.txt train-2.txt", "valid.txt"),
+        ("A.TXT [1].TXT", "A.TXT [1].TXT", ""),
     ],
 )
 def test_folder_is_split_by_file_names(tmp_path, files, train, validation, capsys):
+    folder = tmp_path / "data [v2]"
+    folder.mkdir()
     for name in (*files.split(), "other.jsonl"):
-        (tmp_path / name).write_text("x")
-    source = find_source(settings(source=str(tmp_path)))
+        (folder / name).write_text("x")
+    source = find_source(settings(source=str(folder)))
     assert " ".join(file.name for file in source.train) == train
     assert " ".join(file.name for file in source.validation) == validation
-    note = f"Note: 1 files in {tmp_path} are not used, for example other.jsonl\n"
+    assert all(file.is_file() for file in source.train + source.validation)
+    note = f"Note: 1 files in {folder} are not used, for example other.jsonl\n"
     assert capsys.readouterr().out == note
 
 

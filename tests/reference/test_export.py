@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import gguf
 import pytest
@@ -14,12 +15,14 @@ from test_family import MODELS, shrunk
 from workflow.errors import WorkflowError
 from workflow.reference.export import export
 from workflow.reference.gguf_file import read_gguf
-from workflow.reference.load import repair_tokenizer
+from workflow.reference.load import load_exported
+from workflow.reference.wheel import repair_tokenizer
 
 
 def small_model(name: str, **changes) -> LlamaModel:
     torch.manual_seed(1)
-    return LlamaModel(shrunk(MODELS[name].architecture, vocab_size=257, **changes)).eval()
+    changes = {"vocab_size": 257, **changes}
+    return LlamaModel(shrunk(MODELS[name].architecture, **changes)).eval()
 
 
 @pytest.mark.parametrize(
@@ -44,10 +47,26 @@ def test_exported_folder_gives_the_same_logits_in_transformers(name, changes, re
     del old["rope_parameters"]  # transformers 4 does not read it
     assert ModelConfig.from_hf(old) == model.config
     text = "def f(x):\n  return 1\n"
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(text).input_ids == reference.tokenizer(text).input_ids
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert ("lm_head.weight" in stored) == (not model.config.tie_word_embeddings)
+    again, tokenizer, _ = load_exported(tmp_path / "out")
+    assert torch.equal(again(ids), model(ids)) and again.config == model.config
+    assert tokenizer(text).input_ids == reference.tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("absent")])
+def test_an_empty_folder_or_a_link_is_written_into_and_the_umask_is_used(make, reference, tmp_path):
+    make(tmp_path / "out")
+    inode = (tmp_path / "out").lstat().st_ino
+    export(small_model("SmolLM2-135M"), reference.tokenizer, tmp_path / "out")
+    assert (tmp_path / "out").lstat().st_ino == inode  # a mount cannot be replaced
+    files = {file.name: file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert len(files) == 6 and len(set(files.values())) == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "absent"}
 
 
 def test_existing_folder_is_not_overwritten(reference, tmp_path):
@@ -103,17 +122,21 @@ def test_transformers_and_read_gguf_load_the_gguf_file(kind, changes, bound, ref
 def test_gguf_contains_the_tokenizer_and_the_name_of_the_weights(reference, tmp_path):
     tokenizer, name = repair_tokenizer(reference.tokenizer), {"name": "a random model"}
     tokenizer.chat_template = "{{ messages }}"
-    export(small_model("SmolLM2-135M"), tokenizer, tmp_path / "x", name, gguf="F32")
+    model = small_model("SmolLM2-135M", vocab_size=260)  # three rows have no token
+    export(model, tokenizer, tmp_path / "x", name, gguf="F32")
+    normal, unused = 256 * [gguf.TokenType.NORMAL], 3 * [gguf.TokenType.UNUSED]
     fields = gguf.GGUFReader(tmp_path / "x" / "x-F32.gguf").fields
     expected = {
         "general.name": "a random model",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.eos_token_id": 0,
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.token_type": [gguf.TokenType.CONTROL] + 256 * [gguf.TokenType.NORMAL],
+        "tokenizer.ggml.token_type": [gguf.TokenType.CONTROL, *normal, *unused],
         "tokenizer.chat_template": "{{ messages }}",
     }
     assert {key: fields[key].contents() for key in expected} == expected
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    assert len(set(tokens)) == 260 and tokens[257:] == ["[PAD257]", "[PAD258]", "[PAD259]"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """A folder, the Hub or a wheel that is not the model it should be: one line, exit code 5."""
 
-import base64
-import hashlib
 import json
 import math
 import os
@@ -11,16 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lies import tiny_wheel
 from loopback import COMMIT, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import fork
-from workflow.config.settings import ModelEntry, Wheel
 from workflow.errors import DiskError, SourceError
 from workflow.proof.checks import copy_reference, run_checks
 from workflow.reference import export
-from workflow.reference.load import load_reference, repair_tokenizer
+from workflow.reference.load import load_reference
 
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -164,6 +162,7 @@ def test_shards_are_read_and_a_tensor_in_two_is_refused(folder, config, referenc
         (SHARDS[1], None, ": there is no such file"),
         (SHARDS[1], 60, ": it cannot be read ("),
         (INDEX, "{", ": it cannot be read ("),
+        ("generation_config.json", "[]", "exported: it cannot be read ('list' object"),
         ("tokenizer.json", None, ": there is no such file; get it again"),
         ("tokenizer.json", POINTER, ": it is a git-LFS pointer, not the file itself"),
         ("tokenizer.json", "{}", ": it cannot be read ("),
@@ -201,10 +200,12 @@ RELEASED = json.loads("""{"is_llama_config": true, "pretraining_tp": 1, "rope_in
 "rope_scaling": null, "torch_dtype": "bfloat16", "transformers_version": "4.40.1",
 "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": true}""")
 OFF = {"attn_logit_softcapping": None, "num_experts": 0, "use_qk_norm": False, "logits_scaling": 1}
+OFF["is_causal"] = True
 # no_rope_layers is of SmolLM3, a Llama ignores it
 REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "use_qk_norm": true, "norm_type": "layer",
+"temperature_tuning": true, "resid_mult": 0.3, "embedding_size": 64,
 "residual_multiplier": 0.22, "logits_scaling": 8, "query_pre_attn_scalar": 256, "rotary_pct": 0.25,
-"sliding_window": 4096, "attention_chunk_size": 8192, "num_local_experts": 1, "is_causal": true,
+"sliding_window": 4096, "attention_chunk_size": 8192, "num_local_experts": 1, "is_causal": false,
 "no_rope_layers": [1, 0], "quantization_config": {"quant_method": "gptq"}}""")
 
 
@@ -217,6 +218,13 @@ def test_harmless_keys_are_at_most_one_line(folder, config, capsys, keys, unknow
     load_reference(str(folder), config.model_entry)
     note = f"Note: unknown keys in {folder}/config.json are ignored: {unknown}\n" * bool(unknown)
     assert capsys.readouterr().out.startswith(f"{note}Reference: exported")
+
+
+def test_config_cannot_change_what_transformers_returns_and_which_attention_it_uses(folder, config):
+    edit_config(folder, return_dict=False, _attn_implementation="eager")
+    model = load_reference(str(folder), config.model_entry).model
+    assert model.config._attn_implementation == "sdpa"
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 257)
 
 
 @pytest.mark.parametrize(("key", "value"), REFUSED.items())
@@ -235,17 +243,9 @@ def test_unknown_key_of_the_rotation_is_refused(folder, refusal):
 
 @pytest.fixture
 def wheel(reference, tmp_path, monkeypatch):
-    """Loads the tiny model from an installed package with a GGUF file and its RECORD."""
-    tokenizer = repair_tokenizer(reference.tokenizer)
-    export(copy_reference(reference), tokenizer, tmp_path / "tiny_wheel", gguf="F32")
-    name, information = "tiny_wheel/tiny_wheel-F32.gguf", tmp_path / "tiny_wheel-1.0.dist-info"
-    digest = base64.urlsafe_b64encode(hashlib.sha256((tmp_path / name).read_bytes()).digest())
-    information.mkdir()
-    (information / "METADATA").write_text("Name: tiny_wheel\nVersion: 1.0\n")
-    (information / "RECORD").write_text(f"{name},sha256={digest.decode().rstrip('=')},9\n")
+    """Loads the tiny model from an installed package with a GGUF file."""
     monkeypatch.syspath_prepend(tmp_path)
-    row = Wheel(package="tiny_wheel", version="1.0", file=name, name="tiny, F32")
-    entry = ModelEntry(architecture=reference.config, wheel=row)
+    entry = tiny_wheel(reference, tmp_path)
     return lambda: load_reference("wheel", entry, cache=tmp_path / "cache")
 
 
@@ -253,6 +253,11 @@ def flip_a_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
+
+
+def as_if_converted_to(folder: Path, name: str) -> None:
+    file = folder / "sha256.json"
+    file.write_text(file.read_text().replace(folder.name, name))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +269,7 @@ def flip_a_bit(file: Path) -> None:
         lambda folder: (folder / "sha256.json").unlink(),
         lambda folder: edit_config(folder, rope_theta=10000.0),
         lambda folder: (folder / INDEX).touch(),
+        lambda folder: as_if_converted_to(folder, "another"),
     ],
 )
 def test_converted_files_that_changed_are_converted_again(wheel, damage, capsys):
@@ -293,7 +299,7 @@ def test_disk_that_cannot_be_written_is_one_line(wheel, tmp_path, file_size):
 
 def test_file_of_the_wheel_with_another_hash_is_refused(wheel, tmp_path):
     flip_a_bit(tmp_path / "tiny_wheel" / "tiny_wheel-F32.gguf")
-    with pytest.raises(SourceError, match="hash is not that of the wheel tiny_wheel; type: pip"):
+    with pytest.raises(SourceError, match=r"hash is not that of tiny_wheel 1\.0; type: pip"):
         wheel()
 
 

@@ -62,7 +62,7 @@ def test_llama_cpp_generates_the_same_tokens_from_the_exported_file(smollm2, tmp
 
 def test_stored_argmax_is_the_one_of_llama_cpp(smollm2):
     """With the wheel's file. Another processor may choose differently where tokens are close."""
-    from workflow.reference.load import find_in_package
+    from workflow.reference.wheel import find_in_package
 
     stored = stored_values(smollm2)["llama_cpp"]
     file = find_in_package(smollm2.entry.wheel.file)

@@ -9,8 +9,9 @@ from loopback import Hub
 from conftest import ROOT
 from workflow.config.load import load_config
 from workflow.errors import ConfigError, SourceError
-from workflow.reference import load as module
-from workflow.reference.load import check_architecture, load_reference, repair_tokenizer
+from workflow.reference import wheel as module
+from workflow.reference.load import check_architecture, load_reference
+from workflow.reference.wheel import repair_tokenizer
 
 CACHE = ROOT / ".cache"  # converting takes half a minute, so test runs share the result
 

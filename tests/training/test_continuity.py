@@ -22,7 +22,8 @@ REAL_MODEL = (
 )
 def test_steps_with_a_stop_equal_steps_without(command, project, stop, more, settings, best):
     once = (f"train.steps={stop + more}", "paths.checkpoints=once", "paths.runs=once")
-    settings = (*settings, f"train.resume_steps={more}")
+    schedule = "train.warmup_steps=2", f"train.schedule_steps={stop + more}"
+    settings = (*settings, f"train.resume_steps={more}", *schedule)
     assert command("train", *options(*settings, *once)).returncode == 0
     settings = (*settings, f"train.steps={stop}")
     assert command("train", *options(*settings)).returncode == 0

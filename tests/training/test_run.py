@@ -155,7 +155,7 @@ def test_settings_that_change_no_numbers_may_change_in_a_run(config, reference, 
 
 @pytest.mark.parametrize("step", [3, 22])
 def test_interrupted_cells_of_the_notebook_can_be_run_again(
-    config, reference, finished, monkeypatch, step
+    config, reference, finished, monkeypatch, capsys, step
 ):
     interrupt(monkeypatch, step)
     run = opened(config, reference)
@@ -163,6 +163,8 @@ def test_interrupted_cells_of_the_notebook_can_be_run_again(
         trained(run, 20)
     if step == 3:  # the step was finished and logged first
         assert run.global_step == len(rows(run, "loss")) == 4
+        stopped = "Stopped at step 4, saved. Continue: run the same command again.\n"
+        assert stopped in capsys.readouterr().out
     trained(run, 20).save()
     if step == 22:
         with pytest.raises(KeyboardInterrupt, match=r"^$"):
@@ -181,6 +183,21 @@ def test_interrupted_cells_of_the_notebook_can_be_run_again(
     run = trained(resume_run(run.directory.checkpoint(20), config), 25)
     assert run.trace(21) == finished.uninterrupted
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("then", "saved"), [("save", [5]), ("save_and_close", [5]), ("close", []), ("train", [6])]
+)
+def test_ctrl_c_before_a_break_is_raised_by_the_next_call(config, reference, then, saved):
+    run = opened(config, reference)
+    for step in run.train(20):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+            break
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        trained(run, 20) if then == "train" else getattr(run, then)()
+    assert checkpoint.steps_in(run.directory.folder) == saved
+    run.close()  # only once
 
 
 def test_a_run_opened_twice_in_one_process_is_saved_closed_and_continued(
@@ -229,7 +246,7 @@ def test_a_damaged_checkpoint_is_skipped_and_written_again(config, reference, co
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.update(step=19),
+        lambda state: state.update(step=19, log=None),
         lambda state: state["optimizer"]["state"][0]["exp_avg"].zero_(),
         lambda state: state["optimizer"]["state"][0]["exp_avg_sq"].mul_(2),
         lambda state: state["optimizer"]["state"][0]["step"].zero_(),
@@ -314,24 +331,43 @@ def test_a_smoke_test_of_other_code_or_with_a_difference_is_repeated(
         assert not smoke_test(config, reference, corpus).exact
     assert smoke_test(config, reference, corpus).exact  # the wrong result was not kept
     (file,) = config.paths.runs.glob("*/smoke_test.json")
-    file.write_text(file.read_text().replace(code_sha256(), "other"))
-    capsys.readouterr()
-    assert smoke_test(config, reference, corpus).exact
-    assert "it was of other code, and is repeated" in capsys.readouterr().out
+    for damage in (
+        lambda: replace(StepTrace.read(file), code="other").write(file),
+        file.with_name("uninterrupted.json").unlink,
+        lambda: file.write_text(file.read_text().replace("4.", "3.")),
+    ):
+        damage()
+        capsys.readouterr()
+        assert smoke_test(config, reference, corpus).exact
+        assert "it is of other code, or damaged, and is repeated" in capsys.readouterr().out
     assert smoke_test(config, reference, corpus).exact
     assert "read from its log" in capsys.readouterr().out
 
 
-def test_records_name_the_code_that_made_them(config, reference, capsys):
+def test_a_log_that_was_changed_since_the_checkpoint_is_refused(config, reference, capsys):
+    trained(opened(config, reference), 10).save_and_close()
+    (file,) = config.paths.runs.glob("*/metrics.jsonl")
+    text = file.read_text()
+    file.write_text(text.replace('"loss": 5.', '"loss": 4.', 1))
+    with pytest.raises(CheckpointError, match=r"its rows up to step 10 were changed after check"):
+        opened(config, reference)
+    file.unlink()
+    for words in (f"Note: {file} is missing: a new log starts at step 10", "resuming from"):
+        opened(config, reference).close()
+        assert words in capsys.readouterr().out
+    file.write_text(text)
+    assert len(rows(trained(opened(config, reference), 20), "loss")) == 20
+
+
+def test_records_name_the_code_that_made_them(config, reference, monkeypatch, capsys):
     run = trained(opened(config, reference), 20)
     run.save()
     assert run.trace(1).origin == continue_uninterrupted(run, 25).origin == "recorded by this code"
-    for file in (run.folder / "metrics.jsonl", run.folder / "uninterrupted.json"):
-        file.write_text(file.read_text().replace(code_sha256(), "other"))
+    monkeypatch.setattr("workflow.training.metrics.code_sha256", lambda: "of an edited file")
     capsys.readouterr()
     run = trained(opened(config, reference), 20)
     fresh = "recorded by other code (FRESH=1 make run trains a new run)"
-    assert f"already at step 20; replaying the log, {fresh}:" in capsys.readouterr().out
+    assert f"replaying its log (it is at step 20, {fresh}):" in capsys.readouterr().out
     assert run.trace(1).origin == continue_uninterrupted(run, 25).origin == fresh
 
 

@@ -46,12 +46,14 @@ def evaluate(
     stride: by default `window`. Each token is scored once, in the window where it has the most
     context. Without overlap, the first token of a window has no context: it is not scored. The last
     window may be shorter. model: a `LlamaModel` or the Llama of transformers. text: the text of
-    `tokens`, for the values per word and per byte. Raises ValueError for a wrong stride or fewer
-    than two tokens. Follows huggingface.co/docs/transformers/perplexity.
+    `tokens`, for the values per word and per byte. Raises ValueError for a wrong stride or window,
+    or fewer than two tokens. Follows huggingface.co/docs/transformers/perplexity.
     """
     stride = window if stride is None else stride
     if not 0 < stride <= window:
         raise ValueError(f"stride {stride} must be between 1 and window {window}")
+    if window > (context := model.config.max_position_embeddings):
+        raise ValueError(f"window {window} exceeds the model's context of {context}")
     if (length := min(window, len(tokens))) < 2:
         raise ValueError(f"the window has {length} tokens, it needs 2 or more")
     ids = torch.tensor(tokens, dtype=torch.long, device=next(model.parameters()).device)

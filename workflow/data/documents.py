@@ -1,16 +1,17 @@
-"""Reads documents from text files and from tables (parquet, JSON lines, CSV), in parts."""
+"""Reads documents from text files and from tables (parquet, JSON, CSV, TSV), in parts."""
 
-import glob
+import csv
 import gzip
 import hashlib
 import io
 import itertools
+import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from workflow.errors import DataError, WorkflowError
 from workflow.reference.hub import short_cause
@@ -20,7 +21,9 @@ HEADING = re.compile(r"\n+(?= = [^=\n].* = \n)")
 CHUNK_SIZE = 1 << 20  # characters read at once
 PIECE_SIZE = 1 << 18  # characters; longer documents are cut. Tokenising 1 MB needs 0.1 GB
 ROWS_AT_ONCE = 1000  # of a table
-TABLES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# "CSV" was "csv" when rows such as `NA` were dropped: the name is a part of the text's hash
+TABLES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
+TABLES |= {".csv": "CSV", ".tsv": "TSV"}
 TEXT_FILE_FIX = "name a text file: --set data.source=FILE"
 COLUMN_FIX = "choose another column: --set data.column=NAME"
 
@@ -65,38 +68,70 @@ def split_documents(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def table_format(path: Path) -> str | None:
-    return TABLES.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    return TABLES.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 
 
 def read_table(path: Path, column: str) -> Iterator[list[str]]:
     """The non-empty texts in `column`, some rows at a time. Raises DataError."""
     kind = table_format(path)
-    tables = read_parquet(path, column) if kind == "parquet" else read_json_or_csv(path, kind)
+    tables = read_parquet(path, column) if kind == "parquet" else read_rows(path, kind)
     with open_file(path):
         try:
             for table in tables:
                 if column not in table:
-                    what = f"it has no column {column!r}, but {', '.join(table)}"
+                    names = ", ".join(f"{name:.40}" for name in table)
+                    what = f"it has no column {column!r}, but {names}"
                     raise DataError(path, what, COLUMN_FIX)
                 if kinds := {type(row) for row in table[column]} - {str, type(None)}:
                     what = f"column {column!r} contains {kinds.pop().__name__}, not text"
                     raise DataError(path, what, COLUMN_FIX)
-                yield [row for row in table[column] if row and row.strip()]
+                rows = [row for row in table[column] if row and row.strip()]
+                "".join(rows).encode()  # JSON can contain half a character
+                yield rows
         except WorkflowError:
             raise
         except Exception as error:  # any error of the libraries below
             what = f"it cannot be read as {kind} ({short_cause(error)})"
-            raise DataError(path, what, "get a complete copy of it") from None
+            raise DataError(path, what, "correct the file, or get a complete copy") from None
 
 
-def read_json_or_csv(path: Path, kind: str) -> Iterator[dict[str, list]]:
-    """The columns of a table, some rows at a time."""
-    import datasets  # takes 2 s; plain text does not need it
+def read_rows(path: Path, kind: str) -> Iterator[dict[str, list]]:
+    """The columns of a JSON, CSV or TSV file, some rows at a time."""
+    names: dict[str, None] = {}  # a row of JSON can lack a column
+    with open_text(path) as text:
+        rows = read_json(text) if kind == "json" else read_csv(text, "," if kind == "CSV" else "\t")
+        while batch := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            names |= dict.fromkeys(itertools.chain.from_iterable(batch))
+            yield {name: [row.get(name) for row in batch] for name in names}
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our DataError is enough
-    file = glob.escape(str(path.resolve()))
-    table = datasets.load_dataset(kind, data_files=file, split="train", streaming=True)
-    yield from table.iter(batch_size=ROWS_AT_ONCE)
+
+def read_json(text: TextIO) -> Iterator[dict[str, Any]]:
+    """The objects of JSON lines, or of one JSON list."""
+    is_list = text.read(CHUNK_SIZE).lstrip().startswith("[")
+    text.seek(0)
+    lines = [(1, text.read())] if is_list else enumerate(text, 1)
+    for number, line in lines:
+        try:
+            content = json.loads(line) if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number + error.lineno - 1}: {error.msg}") from None
+        for row in content if isinstance(content, list) else [content]:
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number}: a {type(row).__name__} is not an object")
+            yield row
+
+
+def read_csv(text: TextIO, delimiter: str) -> Iterator[dict[str, str]]:
+    """The rows by the names in the first one. Every value is text: also `NA`, `null` and `007`."""
+    csv.field_size_limit(2**31 - 1)  # characters; the default is 128 KB
+    rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+    try:
+        for row in rows:
+            if None in row:
+                raise csv.Error("it has more values than line 1")
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"line {rows.reader.line_num}: {error}") from None
 
 
 def read_parquet(path: Path, column: str) -> Iterator[dict[str, list]]:
@@ -145,23 +180,29 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
         raise DataError(path, what, "fix that, or choose another file") from None
 
 
-def read_chunks(path: Path) -> Iterator[str]:
-    """The text of a text file or a .gz file, in chunks. Line ends become newlines.
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Opens a text file or a .gz file. Line ends become newlines.
 
     Raises DataError, with the position, if it is not UTF-8 text.
     """
-    position, empty = 0, True
-    with open_file(path) as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-        text = io.TextIOWrapper(file, "utf-8-sig")
+    with open_file(path) as raw, gzip.open(raw) if path.suffix.lower() == ".gz" else raw as file:
         try:
-            while chunk := text.read(CHUNK_SIZE):
-                if (nul := chunk.find("\0")) >= 0:
-                    what = f"character {position + nul} is a NUL: this is not a text file"
-                    raise DataError(path, what, TEXT_FILE_FIX)
-                position, empty = position + len(chunk), empty and not chunk.strip()
-                yield chunk
+            yield io.TextIOWrapper(file, "utf-8-sig")
         except UnicodeDecodeError as error:
             what = f"byte {file.tell() - len(error.object) + error.start} is not UTF-8"
             raise DataError(path, what, "save the file as UTF-8") from None
+
+
+def read_chunks(path: Path) -> Iterator[str]:
+    """The text of a text file or a .gz file, in chunks. Raises DataError if it is not text."""
+    position, empty = 0, True
+    with open_text(path) as text:
+        while chunk := text.read(CHUNK_SIZE):
+            if (nul := chunk.find("\0")) >= 0:
+                what = f"character {position + nul} is a NUL: this is not a text file"
+                raise DataError(path, what, TEXT_FILE_FIX)
+            position, empty = position + len(chunk), empty and not chunk.strip()
+            yield chunk
     if empty:
         raise DataError(path, "the file is empty", "give a longer text")

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,14 +93,31 @@ def read_card(card: Path, settings: DataSettings) -> tuple[str | None, dict[str,
 
 
 def find_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
-    """The files of each split, as `datasets` finds them by the card or by the file names."""
+    """The files of each split, as `datasets` finds them by the card or by the file names.
+
+    `datasets` sees empty copies: it reads brackets in a path as a pattern, and no `A.TXT`.
+    """
     from datasets import load_dataset_builder  # takes 2 s; plain text does not need it
 
-    try:
-        files = load_dataset_builder(str(folder.resolve()), name).config.data_files
-    except Exception as error:  # any error of the libraries below
-        raise DataError(folder, short_cause(error), "name a file, or fix data.name") from None
-    return {str(split): [Path(path) for path in paths] for split, paths in files.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        copies, root = {}, Path(temporary).resolve()
+        for file in matching_files(folder, ["*"]):
+            if file.suffix.lower() == ".zip":  # `datasets` would open it
+                continue
+            stem, dot, extensions = file.name.partition(".")
+            copy = root / file.relative_to(folder).with_name(stem + dot + extensions.lower())
+            copies[str(copy)] = file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.touch()
+        if (card := folder / "README.md").is_file():
+            shutil.copyfile(card, root / card.name)
+        try:
+            files = load_dataset_builder(str(root), name).config.data_files
+        except Exception as error:  # any error of the libraries below
+            cause = short_cause(error).replace(f"The directory at {root}", "it")
+            cause = cause.replace(str(root), "it")
+            raise DataError(folder, cause, "name a file, or fix data.name") from None
+    return {str(split): [copies[path] for path in paths] for split, paths in files.items()}
 
 
 def make_source(name: str, splits: dict[str, list[Path]], column: str, revision="") -> Source:

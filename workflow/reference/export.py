@@ -1,5 +1,6 @@
 """Exports a model as a Hugging Face folder, which transformers loads without our code."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from workflow.files import weights_sha256
 from workflow.reference.gguf_file import write_gguf
 from workflow.reference.load import hf_config
 
+LOCAL_KEYS = ("is_local", "local_files_only")  # how this process loaded the tokenizer
 CARD = """\
 ---
 library_name: transformers
@@ -38,26 +40,33 @@ def export(
     provenance: Mapping[str, object] | None = None,
     gguf: str | None = None,
 ) -> Path:
-    """Writes weights, configs, tokenizer and a model card. `folder` appears only when complete.
+    """Writes weights, configs, tokenizer and a model card, only if all can be written.
 
     tokenizer: a PreTrainedTokenizerFast. provenance: rows of the model card; `name` is its title.
     gguf: F32, F16 or Q8_0 adds `<folder>-<gguf>.gguf`. Tied embeddings are stored once.
     Raises WorkflowError if the folder exists and is not empty, or DiskError.
     """
     folder, provenance = Path(folder), {"name": "A Llama", **(provenance or {})}
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WorkflowError(folder, "it exists and is not an empty folder", "name a new one")
-    partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+    place, exists = Path(os.path.realpath(folder)), os.path.exists(folder)  # it can be a link
+    # a folder that exists can be a mount, which nothing can replace: the files are moved into it
+    partial = (place if exists else place.parent) / f"{place.name}.tmp.{os.getpid()}"
     try:
+        if exists and (not place.is_dir() or any(place.iterdir())):
+            raise WorkflowError(folder, "it exists and is not an empty folder", "name a new one")
         partial.mkdir(parents=True)
         write_folder(model, tokenizer, partial)
         write_card(model, partial / "README.md", provenance)
         if gguf:
-            file = partial / f"{folder.name}-{gguf}.gguf"
+            file = partial / f"{folder.absolute().name}-{gguf}.gguf"
             write_gguf(model, tokenizer, file, gguf, str(provenance["name"]))
-        partial.replace(folder)
+        if exists:
+            for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):
+                file.replace(place / file.name)
+        else:
+            partial.replace(place)
     except (OSError, SafetensorError) as error:
-        raise DiskError(folder, f"it cannot be written ({error})", "free disk space") from error
+        fix = "free disk space, or choose another folder"
+        raise DiskError(folder, f"it cannot be written ({error})", fix) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -80,6 +89,13 @@ def write_folder(model: LlamaModel, tokenizer, folder: Path) -> None:
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings = {key: settings[key] for key in settings if key not in LOCAL_KEYS}
+    # transformers 4 does not know the class that transformers 5 writes; 5 knows both
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copymode(file, folder / "model.safetensors")  # safetensors ignores the umask
 
 
 def write_card(model: LlamaModel, file: Path, provenance: Mapping[str, object]) -> None:

@@ -28,13 +28,14 @@ KNOWN_KEYS |= {"pretraining_tp", "transformers.js_config"}
 KNOWN_KEYS |= {"_attn_implementation", "_flash_attn_2_enabled", "_model_name_or_path"}
 # Parts of names that speak of another computation: caps, norms, scales, windows, experts, …
 COMPUTATION = re.compile(
-    r"cap|clip|clamp|norm|scal|multipl|factor|alpha|mup|pct|window|sliding|chunk|local|global"
+    r"cap|clip|clamp|norm|scal|mult|factor|alpha|mup|pct|window|sliding|chunk|local|global"
     r"|sparse|dilat|expert|moe|router|mixture|dense|rotary|rope|position|alibi|yarn|bias|drop"
-    r"|residual|skip|parallel|activation|_act|gate|mlp|ffn|attn|attention|qk|softmax|logit|sink"
+    r"|resid|embed|embd|temperature_|_temperature|skip|parallel|activation|_act|gate|mlp|ffn|attn"
+    r"|attention|qk|softmax|logit|sink"
     r"|lora|latent|share|recur|loop|mask|causal|mamba|ssm|conv_|_conv|quant|compress",
     re.IGNORECASE,
 )
-SCALE = re.compile("scal|multipl|factor|alpha|pct", re.IGNORECASE)  # 1 has no effect; else 0
+SCALE = re.compile("scal|mult|factor|alpha|pct", re.IGNORECASE)  # 1 has no effect; else 0
 
 
 @contextmanager
@@ -87,6 +88,8 @@ def check_config(file: Path) -> None:
 
 def has_no_effect(name: str, value: Any) -> bool:
     """Whether this value of a key switches it off. For a scale this is 1, otherwise 0."""
+    if "causal" in name:
+        return name == "is_causal" and value is True
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value == (1 if SCALE.search(name) else 0)
     return not value

@@ -117,13 +117,17 @@ def add_architecture(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer, folder: Path, vocab_size: int) -> None:
     """Adds a byte-level BPE. The `gguf` library reads merges and chat template from `folder`."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    words = tokenizer.convert_ids_to_tokens(list(range(vocab_size)))
+    types = dict.fromkeys(range(vocab_size), gguf.TokenType.NORMAL)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        types[i] = gguf.TokenType.CONTROL if token.special else types[i]
+    for i in (i for i, word in enumerate(words) if word is None):  # rows added for a round size
+        words[i], types[i] = f"[PAD{i}]", gguf.TokenType.UNUSED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")  # llama.cpp's name for the pre-tokenizer of SmolLM
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(list(range(vocab_size))))
-    writer.add_token_types([control if i in special else normal for i in range(vocab_size)])
-    types = ("bos", "eos", "pad", "unk")
-    vocabulary = gguf.SpecialVocab(folder, load_merges=True, special_token_types=types)
+    writer.add_token_list(words)
+    writer.add_token_types(list(types.values()))
+    special = ("bos", "eos", "pad", "unk")
+    vocabulary = gguf.SpecialVocab(folder, load_merges=True, special_token_types=special)
     vocabulary.add_special_token = {"bos": False}
     vocabulary.add_to_gguf(writer, quiet=True)

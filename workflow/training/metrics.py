@@ -19,10 +19,12 @@ from tqdm import tqdm
 
 from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError
-from workflow.files import disk_errors, remove_temporary_files, write_text_atomic
+from workflow.files import disk_errors, remove_temporary_files, sha256_of, write_text_atomic
 from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
+METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "settings.yaml"  # in the folder of a run
+ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once in a log
 # TensorBoard's names of values; the other values have the same name there
 TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
 
@@ -42,11 +44,23 @@ class StepTrace:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        values = json.loads(file.read_text())
-        return cls(**values | {"losses": tuple(values["losses"])})
+        """Raises CheckpointError if the file is missing, or was changed after it was written."""
+        try:
+            values = json.loads(file.read_text("utf-8"))
+            stored = values.pop("sha256", None)
+            if stored is None:
+                values["code"] = None  # of an older release
+            elif stored != sha256_of(values.items()):
+                raise ValueError("another hash")
+            return cls(**values | {"losses": tuple(values["losses"])})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            what, fix = "this record is missing or damaged", "make it again: FRESH=1 make run"
+            raise CheckpointError(file, what, fix) from None
 
     def write(self, file: Path) -> None:
-        write_text_atomic(file, json.dumps(asdict(self)), FOLDER_KEY)
+        values = asdict(self) | {"losses": list(self.losses)}
+        values["sha256"] = sha256_of(values.items())
+        write_text_atomic(file, json.dumps(values), FOLDER_KEY)
 
 
 def origin(code: str | None) -> str:
@@ -62,7 +76,8 @@ class InMemoryLogger:
     - loss (nats per token, before the update), learning_rate, gradient_norm (before clipping),
       tokens_per_second, and flops_utilisation (fraction of a GPU's bf16 peak, if known); or
     - validation_loss (nats per token); or prompt and sample (the generated text); or
-    - began (time, UTC), commit and code (its hash): a new process trained the next steps.
+    - began (time, UTC), commit and code (its hash): a new process trained the next steps; or
+    - new_log: the log of the earlier steps was missing.
     """
 
     def __init__(self):
@@ -77,6 +92,10 @@ class InMemoryLogger:
     def close(self) -> None:
         pass
 
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of rows, and their hash: a checkpoint has it, to recognise its log."""
+        return {"rows": len(self.rows), "sha256": sha256_of(enumerate(map(json.dumps, self.rows)))}
+
     def has(self, key: str, step: int) -> bool:
         return any(key in row for row in self.rows if row["step"] == step)
 
@@ -90,19 +109,34 @@ class MetricsLogger(InMemoryLogger):
     """Also writes the rows to metrics.jsonl and TensorBoard. Rows after `step` are removed first.
 
     provenance: of weights and text, written to provenance.json. settings: shown in TensorBoard.
-    Raises DiskError.
+    logged: the `fingerprint` in the checkpoint of `step`, if it has one. Raises DiskError, or
+    CheckpointError if rows were changed since that checkpoint.
     """
 
-    def __init__(self, folder: Path, step: int, provenance: Mapping, settings: Mapping):
-        self.folder, file = folder, folder / "metrics.jsonl"
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        provenance: Mapping,
+        settings: Mapping,
+        logged: Mapping | None = None,
+    ):
+        self.folder, file = folder, folder / METRICS_FILE
         self._start_time = datetime.now(UTC).isoformat(timespec="seconds")
         with disk_errors(folder, FOLDER_KEY):
             folder.mkdir(parents=True, exist_ok=True)
             remove_temporary_files(folder)
             old = read_log(file)
-            if step == 0 and any(row["step"] > 0 for row in old):  # all checkpoints were deleted
-                file.rename(file.with_name(time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")))
+            if step == 0 and (last := max((row["step"] for row in old), default=0)):
+                kept = time.strftime("metrics-until-%Y%m%d-%H%M%S.jsonl")
+                file.rename(file.with_name(kept))
+                print(f"Note: {file} has {last} steps, but no checkpoint; it is now {kept}")
             self.rows = [row for row in old if row["step"] <= step] if step else []
+            if step and not file.is_file():  # the user moved it away
+                print(f"Note: {file} is missing: a new log starts at step {step}")
+                self.rows = [{"step": step, "new_log": True}]
+            elif logged and {"step": step, "new_log": True} not in self.rows[:1]:
+                self._check_rows(file, step, logged)
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_text_atomic(file, lines, FOLDER_KEY)
             text = json.dumps(provenance, indent=1) + "\n"
@@ -112,6 +146,14 @@ class MetricsLogger(InMemoryLogger):
             if not step:
                 for tag, values in (("provenance", provenance), ("config", settings)):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
+
+    def _check_rows(self, file: Path, step: int, logged: Mapping) -> None:
+        """Raises CheckpointError if the first rows are not `logged`; others may follow them."""
+        before, self.rows = self.rows, self.rows[: logged["rows"]]
+        if self.fingerprint() != logged:
+            what = f"its rows up to step {step} were changed after checkpoint_{step}.pt was saved"
+            raise CheckpointError(file, what, "move the file away to start a new log")
+        self.rows = before
 
     def log(self, row: dict[str, Any]) -> None:
         if self._start_time and "loss" in row:  # the first step that this process trains
@@ -163,14 +205,18 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log. Raises CheckpointError, with the number of a damaged line."""
+    """The rows of a log. Raises CheckpointError, with the number of a damaged or repeated line."""
     # a kill can leave a partial last line: it is ignored
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
-    rows = []
+    rows, seen = [], set()
     for number, line in enumerate(filter(None, lines), 1):
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
+            keys = {(row["step"], key, row.get("prompt")) for key in ONCE if key in row}
+            if keys & seen:
+                raise ValueError("repeated")
+            seen |= keys
         except (ValueError, TypeError, KeyError):
             what, fix = f"line {number} is damaged", "move the file away to start a new log"
             raise CheckpointError(file, what, fix) from None
@@ -191,10 +237,11 @@ class ProgressBar:
     """A progress bar, and a line for some steps. After a resume both count from the checkpoint."""
 
     def __init__(self, settings: TrainSettings, resumed_at: int):
-        self.settings, self.resumed_at = settings, resumed_at
+        self.settings, self.resumed_at, self.max_steps = settings, resumed_at, 0
         self.bar = tqdm(disable=True)
 
     def start(self, step: int, max_steps: int) -> None:
+        self.max_steps = max_steps
         title = "Resume Training" if self.resumed_at else "Training"
         counts = {"total": max_steps - self.resumed_at, "initial": step - self.resumed_at}
         self.bar = tqdm(desc=title, file=sys.stdout, mininterval=2.0, **counts)
@@ -202,28 +249,39 @@ class ProgressBar:
     def show(self, row: Mapping[str, Any]) -> None:
         """Moves the bar by one step, and prints the step's line if it has one."""
         self.bar.update()
-        if line := step_line(row, self.settings, self.resumed_at):
+        self.write(row)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if line := step_line(row, self.settings, self.resumed_at, self.max_steps):
             tqdm.write(line, file=sys.stdout)
 
-
-def step_line(row: Mapping[str, Any], settings: TrainSettings, resumed_at: int) -> str | None:
-    """The line printed for a step, or None. After a resume, steps count from the checkpoint."""
-    step, loss = row["step"], row["loss"]
-    if not resumed_at:
-        shown = step % settings.log_every == 0
-        return f"Step: {step}, Train Loss: {loss:.4f}" if shown else None
-    count = step - resumed_at
-    shown = count % max(settings.resume_steps // 5, 1) == 0
-    return f"Step: {count}, Resume Loss: {loss:.4f} (global step {step})" if shown else None
+    def replay(self, rows: Iterable[Mapping[str, Any]], since: int, max_steps: int) -> None:
+        """Prints logged rows in the same form as training does."""
+        self.resumed_at, self.max_steps = since, max_steps
+        for row in rows:
+            if "sample" in row:
+                print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
+            self.write(row)
 
 
-def replay_log(rows: Iterable[Mapping[str, Any]], settings: TrainSettings, resumed_at: int) -> None:
-    """Prints logged rows in the same form as training does."""
-    for row in rows:
-        if "sample" in row:
-            print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
-        elif "loss" in row and (line := step_line(row, settings, resumed_at)):
-            print(line)
+def step_line(
+    row: Mapping[str, Any], settings: TrainSettings, resumed_at: int, max_steps: int
+) -> str | None:
+    """The line printed for a row of the log, or None: losses of some steps, the first, the last.
+
+    All held-out losses are printed. After a resume, steps count from the checkpoint.
+    """
+    step, count = row["step"], row["step"] - resumed_at
+    if "validation_loss" in row:
+        return f"Step: {step}, Held-out Loss: {row['validation_loss']:.4f}"
+    interval = settings.log_every
+    if resumed_at:
+        interval = max(min((max_steps - resumed_at) // 5, interval), 1)
+    if "loss" not in row or (count % interval and step not in (resumed_at + 1, max_steps)):
+        return None
+    if resumed_at:
+        return f"Step: {count}, Resume Loss: {row['loss']:.4f} (global step {step})"
+    return f"Step: {step}, Train Loss: {row['loss']:.4f}"
 
 
 def loss_summary(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:

@@ -1,5 +1,6 @@
 """Opens a run: from its settings, or from one of its checkpoints."""
 
+import re
 import tempfile
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from workflow.training.directory import RunDirectory
 from workflow.training.resume import check_allowed
 from workflow.training.run import Run
 from workflow.training.trainer import Trainer
+
+Loaded = tuple[Path, dict[str, Any]]  # a checkpoint: its file and its contents
 
 
 def open_run(config: Config, reference, corpus: Corpus) -> Run:
@@ -47,16 +50,22 @@ def run_name(config: Config, reference, corpus: Corpus) -> str:
 
 
 def resume_run(
-    path: str | Path, config: Config, allow: Collection[str] = (), corpus: Corpus | None = None
+    path: str | Path | Loaded,
+    config: Config,
+    allow: Collection[str] = (),
+    corpus: Corpus | None = None,
 ) -> Run:
     """The run of a checkpoint, in new objects.
 
-    path: a checkpoint, or a folder for its newest one. If the run has later checkpoints, the newest
-    is loaded instead: no step is trained twice. allow: what may differ from the checkpoint; see
-    `resume.check_allowed`. corpus: the run's data; None: it is loaded again.
+    path: a checkpoint, or a folder for its newest one, or the result of `load_checkpoint`. If the
+    run has later checkpoints, the newest is loaded instead: no step is trained twice. allow: what
+    may differ from the checkpoint; see `resume.check_allowed`. corpus: the run's data; None: it is
+    loaded again. Raises CheckpointError if the file is not in a folder of `paths.checkpoints`.
     """
     check_allowed(allow)
-    path, state = load_checkpoint(config.paths.checkpoints, Path(path).resolve())
+    if not isinstance(path, tuple):
+        path = load_checkpoint(path, config.paths.checkpoints)
+    path, state = path_in(config.paths.checkpoints, path[0]), path[1]
     resumed_at = state["step"]
     with distributed.main_process_first(), ExitStack() as on_error:
         corpus = corpus or reload_corpus(config, path.parent, state)
@@ -74,7 +83,7 @@ def resume_run(
 
 def save_tokenizer(tokenizer, directory: RunDirectory) -> None:
     """Writes transformers' `tokenizer` next to the checkpoints, for a resume."""
-    last = "tokenizer.json"  # written last: if it exists, all files exist
+    last = checkpoint.TOKENIZER  # written last: if it exists, all files exist
     if directory.locked and not (directory.folder / last).is_file():
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
@@ -95,22 +104,34 @@ def reload_corpus(config: Config, folder: Path, state: dict[str, Any]) -> Corpus
     return corpus
 
 
-def load_checkpoint(checkpoints: Path, path: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint `path`, or the newest one of the folder `path`, with its state.
+def load_checkpoint(path: str | Path, checkpoints: Path = Path("checkpoints")) -> Loaded:
+    """A checkpoint, or the newest one of a run, with its state: see `checkpoint.find`."""
+    return checkpoint.find(Path(path), checkpoints)
 
-    Raises CheckpointError if it is not in a folder of `checkpoints`.
+
+def path_in(checkpoints: Path, path: Path) -> Path:
+    """The path of a checkpoint in a run's folder in `checkpoints`. Both folders can be links.
+
+    Raises CheckpointError if it is in another folder.
     """
-    if path.is_dir():
-        found = checkpoint.load_newest(path)
-        if found is None:
-            raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
-    else:
-        found = path, checkpoint.load(path)
-    if found[0].parent.parent != checkpoints.resolve():
-        place = found[0].parent.parent
-        fix = f"move its folder there, or add --set paths.checkpoints={place}"
-        raise CheckpointError(found[0], f"it is not in {checkpoints}", fix)
-    return found
+    folder = path.parent.resolve()
+    for run in checkpoints.glob("*"):
+        if run.resolve() == folder:
+            return run / path.name
+    fix = f"move its folder there, or add --set paths.checkpoints={folder.parent}"
+    raise CheckpointError(path, f"it is not in {checkpoints}", fix)
+
+
+def saved_settings(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint's run, for `load_config`.
+
+    Earlier releases saved only those that change numbers, and the profile in the run's name.
+    """
+    if "settings" in state:
+        return state["settings"]
+    profile = re.match(r"(.+)-[0-9a-f]{8}", path.parent.name)
+    tables = {name: state["config"].get(name, {}) for name in ("train", "data", "run")}
+    return tables | ({"profile": profile[1]} if profile else {})
 
 
 def initial_model(config: Config, reference) -> LlamaModel:

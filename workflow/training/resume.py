@@ -2,9 +2,12 @@
 
 import ast
 import hashlib
+import json
+import os
 import platform
 import random
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import zip_longest
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from SmolLm3 import LlamaModel, ModelConfig, hf_name, hf_state_dict, load_hf_weights
+from SmolLm3 import LlamaModel, ModelConfig, hf_name, load_hf_weights
 from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError, ConfigError, ForeignError
 from workflow.training import checkpoint, distributed
@@ -24,6 +27,7 @@ from workflow.training import checkpoint, distributed
 State = dict[str, Any]  # a checkpoint or a part of it; see `checkpoint.CONTENTS`
 Names = Collection[str]
 RANDOM_STATES = ("torch", "cuda", "numpy", "python")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # dtypes of other programs' weights
 
 
 def random_states() -> State:
@@ -114,10 +118,20 @@ def compare(path: Path, saved: State, now: State, allowed: Names = ()) -> list[s
     if forbidden:
         fix = "use the settings and files of the checkpoint"
         if all(key.startswith("train.") for key in keys):
-            fix += f", or allow each: --allow {keys[0]}"
-        both = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows]
-        raise CheckpointError(path, ", ".join(both), fix)
+            fix += f", or type: {allowing_command(path, keys, now['config']['train'])}"
+        both = [f"{name} is {old} in the checkpoint and {new} now" for name, old, new in rows[:3]]
+        more = f", and {len(rows) - 3} more" if len(rows) > 3 else ""
+        raise CheckpointError(path, ", ".join(both) + more, fix)
     return keys
+
+
+def allowing_command(path: Path, keys: Names, train: State) -> str:
+    """The command that resumes with other values of these keys of `train`."""
+    words = ["main.py", "resume", os.path.relpath(path.parent)]
+    for name in dict.fromkeys(key.split(".")[1] for key in keys):  # train.betas.0 is of betas
+        value = train[name] if isinstance(train[name], str) else json.dumps(train[name])
+        words += ["--set", f"train.{name}={value}", "--allow", f"train.{name}"]
+    return shlex.join(words)
 
 
 def restore(
@@ -134,12 +148,9 @@ def restore(
         what = f"the random states {', '.join(missing)} are missing"
         fix = "choose another file, or resume inexactly with --allow random"
         raise CheckpointError(path, what, fix)
-    weights = normalize_weight_names(state["model"], path)
     try:
-        for name, tensor in hf_state_dict(model).items():
-            check_dtype_and_shape(name, weights.get(name, tensor), tensor)
         load_optimizer(optimizer, state["optimizer"])
-        load_weights(model, weights, path)
+        load_weights(model, state["model"], path, [torch.float32])
         restore_random_states(state["random"])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         what = f"it does not fit ({type(error).__name__}: {error})"
@@ -193,11 +204,17 @@ def normalize_weight_names(weights: Mapping[str, Tensor], path: Path) -> dict[st
     return {hf_name(name) if ours else name: tensor for name, tensor in named.items()}
 
 
-def load_weights(model: LlamaModel, weights: Mapping[str, Tensor], path: Path) -> None:
+def load_weights(
+    model: LlamaModel,
+    weights: Mapping[str, Tensor],
+    path: Path,
+    dtypes: Collection[torch.dtype] = FLOATS,
+) -> None:
     """Copies the weights of the file `path`. Raises CheckpointError with those that do not fit."""
     weights = normalize_weight_names(weights, path)
-    integers = [(name, t.dtype) for name, t in weights.items() if not t.is_floating_point()]
-    problems = [f"{name} is {dtype}, not float" for name, dtype in integers]
+    expected = " or ".join(map(str, dtypes))
+    wrong = [(name, tensor.dtype) for name, tensor in weights.items() if tensor.dtype not in dtypes]
+    problems = [f"{name} is {dtype}, expected {expected}" for name, dtype in wrong]
     try:
         if not problems:
             load_hf_weights(model, weights)
@@ -209,15 +226,24 @@ def load_weights(model: LlamaModel, weights: Mapping[str, Tensor], path: Path) -
         raise CheckpointError(path, ", ".join(problems[:6]) + more, fix)
 
 
-def load_model(path: Path) -> tuple[LlamaModel, Any, dict[str, Any]]:
-    """The model of a checkpoint, its tokenizer (from transformers) and their provenance."""
+def load_model(
+    path: Path, checkpoints: Path = Path("checkpoints")
+) -> tuple[LlamaModel, Any, dict[str, Any]]:
+    """The model of a checkpoint, its tokenizer (from transformers) and their provenance.
+
+    path and checkpoints: see `checkpoint.find`.
+    """
     from transformers import PreTrainedTokenizerFast  # takes 3 s, and training does not need it
 
-    state = checkpoint.load(path)
+    path, state = checkpoint.find(path, checkpoints)
     model = LlamaModel(ModelConfig(**state["config"]["architecture"]))
-    load_weights(model, state["model"], path)
+    load_weights(model, state["model"], path, [torch.float32])
     checkpoint.load_tokenizer(path.parent)  # checks the file first: its errors are one line
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path.parent, local_files_only=True)
+    text = tokenizer.backend_tokenizer.to_str()
+    if hashlib.sha256(text.encode()).hexdigest() != state["tokenizer"]["sha256"]:
+        what = "this is not the tokenizer that the run was trained with"
+        raise CheckpointError(path.parent / "tokenizer.json", what, "restore the run's files")
     source, name = state["reference"], f"{path.parent.name}, {state['step']} steps"
     text = {key: source[key] for key in ("text", "text_revision") if key in source}
     return model, tokenizer, {"name": name, "started_from": source["name"], **text, **state["data"]}

@@ -10,26 +10,30 @@ After a `break`, an interrupt or a kill, the same lines continue the run.
 """
 
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from workflow.errors import CheckpointError
+from workflow.config.load import dump_yaml
+from workflow.errors import CheckpointError, ConfigError
+from workflow.files import write_text_atomic
 from workflow.training import checkpoint, distributed, hardware
 from workflow.training.directory import RunDirectory
 from workflow.training.metrics import (
+    FOLDER_KEY,
+    SETTINGS_FILE,
     InMemoryLogger,
     MetricsLogger,
     ProgressBar,
     StepTrace,
     origin,
-    replay_log,
 )
 from workflow.training.resume import environment
-from workflow.training.signals import deferred_signals
+from workflow.training.signals import DeferredSignals
 from workflow.training.step import eval_mode
 from workflow.training.trainer import Trainer
 
@@ -60,12 +64,16 @@ class Run:
         self.folder = self.config.paths.runs / self.name  # of the log
         self.provenance = provenance | self.corpus.provenance
         print(self.corpus)
+        self._check_sample_fits()
         directory.check_free_space(self.config, sum(p.nbytes for p in trainer.model.parameters()))
         if loaded:
             self._load(*loaded, allowed)
         self.loaded_step = trainer.global_step  # 0: no checkpoint was loaded
         self.progress = ProgressBar(self.config.train, resumed_at)
-        self.logger = self._open_logger() if distributed.is_main_process() else InMemoryLogger()
+        self.signals = DeferredSignals()
+        logged = loaded[1].get("log") if loaded else None  # older releases did not store it
+        main_process = distributed.is_main_process()
+        self.logger = self._open_logger(logged) if main_process else InMemoryLogger()
         directory.close_on_reopen(self)
 
     @property
@@ -83,31 +91,35 @@ class Run:
 
         Prints, logs, validates and saves. If the run has already reached `max_steps`, its log is
         replayed instead. Ctrl-C and SIGTERM wait until the step and the body of the caller's loop
-        are done; then the run is saved, and KeyboardInterrupt is raised.
+        are done; then the run is saved, and KeyboardInterrupt is raised. If the body ends the loop,
+        `save`, `close` or the next `train` raises it.
         """
         self._flush_metrics()
         settings, done = self.config.train, self.global_step
         if done > max_steps or (done == max_steps and not self._validation_due(max_steps)):
-            rows = (r for r in self.logger.rows if self.resumed_at < r["step"] <= max_steps)
-            print(f"already at step {done}; replaying the log, {origin(self._code_since(1))}:")
-            replay_log(rows, settings, self.resumed_at)
+            since = self.resumed_at if self.resumed_at < max_steps else 0  # 0: the whole log
+            rows = (r for r in self.logger.rows if not since or since < r["step"])
+            rows = (row for row in rows if row["step"] <= max_steps)
+            where = f"it is at step {done}, {origin(self._code_since(1))}"
+            print(f"Nothing to train: run {self.name} is complete; replaying its log ({where}):")
+            self.progress.replay(rows, since, max_steps)
             return
         self._check_open()
         self._print_plan(max_steps)
         self.progress.start(done, max_steps)
         try:
-            with deferred_signals() as safe_point:
-                self._validate(max_steps, safe_point)
+            with self.signals:
+                self._validate(max_steps)
                 while self.global_step < max_steps:
                     self.trainer.train_step()
                     if self._metrics_due(max_steps):
                         self._flush_metrics()
-                    self._validate(max_steps, safe_point)
+                    self._validate(max_steps)
                     yield self.global_step
                     due = self.global_step % settings.checkpoint_every == 0
                     if due and self.global_step < max_steps:
-                        self.save()
-                    safe_point(self.save)
+                        self._write_checkpoint()
+                    self.signals.safe_point(self._stop)
                 self.logger.flush()
         finally:
             self.progress.bar.close()
@@ -137,6 +149,10 @@ class Run:
 
     def save(self) -> None:
         """Writes `checkpoint_<global_step>.pt`, unless it exists: it then has the same state."""
+        self._write_checkpoint()
+        self.signals.raise_pending()
+
+    def _write_checkpoint(self) -> None:
         self._flush_metrics()
         with distributed.main_process_first():  # the others wait until it is written
             path, settings = self.directory.checkpoint(self.global_step), self.config.train
@@ -145,20 +161,33 @@ class Run:
             self.logger.flush()
             here = environment(self.trainer.device, settings)
             about = {"reference": self.provenance, "environment": here}
+            about["settings"] = self.config.values_in_force()
+            about["log"] = self.logger.fingerprint()
             state = self._expected_parts() | about | self.trainer.state_dict()
             milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
-            self.directory.save(state, settings.keep_checkpoints, milestones)
+            deleted = self.directory.save(state, settings.keep_checkpoints, milestones)
             tqdm.write(f"Saved {path.name}", file=sys.stdout)
+            if deleted:
+                why = f"train.keep_checkpoints is {settings.keep_checkpoints}"
+                tqdm.write(f"Removed {', '.join(deleted)}: {why}", file=sys.stdout)
+
+    def _stop(self) -> None:
+        """Saves after Ctrl-C or SIGTERM."""
+        self._write_checkpoint()
+        saved = ", saved" if self.global_step else ""
+        how = "Continue: run the same command again."
+        tqdm.write(f"Stopped at step {self.global_step}{saved}. {how}", file=sys.stdout)
 
     def close(self) -> None:
         """Closes the log and unlocks the folder. A second call does nothing."""
         self.logger.close()
         self.directory.close()
+        self.signals.raise_pending()
 
     def save_and_close(self) -> None:
         """Saves, unless a step stopped in the middle, and closes."""
         if not self.trainer.step_unfinished:
-            self.save()
+            self._write_checkpoint()
         self.close()
 
     def trace(self, first_step: int) -> StepTrace:
@@ -195,12 +224,14 @@ class Run:
             before = {key: saved.get(key) for key in changed}
             print(f"Note: saved on {before}, now on {changed}: no longer bit-exact")
 
-    def _open_logger(self) -> MetricsLogger:
+    def _open_logger(self, logged: dict[str, Any] | None) -> MetricsLogger:
         provenance = self.provenance | self.corpus.fingerprint
         settings = self.config.settings_of_run()
-        logger = MetricsLogger(self.folder, self.global_step, provenance, settings)
+        logger = MetricsLogger(self.folder, self.global_step, provenance, settings, logged)
         if not self.global_step:
             (self.folder / UNINTERRUPTED_FILE).unlink(missing_ok=True)
+        in_force = dump_yaml(self.config.values_in_force())
+        write_text_atomic(self.folder / SETTINGS_FILE, in_force, FOLDER_KEY)
         return logger
 
     def _flush_metrics(self) -> None:
@@ -225,14 +256,16 @@ class Run:
         due = self.directory.locked and self._is_validation_step(max_steps)
         return due and not self.logger.has("validation_loss", self.global_step)
 
-    def _validate(self, max_steps: int, safe_point: Callable) -> None:
+    def _validate(self, max_steps: int) -> None:
         """Computes and logs the validation loss, if it is due."""
         if self._validation_due(max_steps):
             alone = distributed.world_size() == 1  # a safe point needs all processes
-            after_batch = (lambda: safe_point(self.save)) if alone else (lambda: None)
-            loss = self.trainer.validation_loss(after_batch)
+            stop = partial(self.signals.safe_point, self._stop)
+            loss = self.trainer.validation_loss(after_batch=stop if alone else lambda: None)
             self.logger.log_histograms(self.global_step, self.trainer.model)
-            self.logger.log({"step": self.global_step, "validation_loss": loss})
+            row = {"step": self.global_step, "validation_loss": loss}
+            self.logger.log(row)
+            self.progress.write(row)
 
     def _print_plan(self, max_steps: int) -> None:
         settings, steps = self.config.train, max_steps - self.global_step
@@ -243,9 +276,19 @@ class Run:
             f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} "
             f"parameters, {16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
         )
+        if max_steps > (end := settings.schedule_steps):
+            print(f"Note: from step {end} on, the rate stays {settings.min_learning_rate:g}")
         hint = hardware.precision_hint(self.trainer.device, settings.precision, parameters)
         if hint and steps > 50:  # not for the smoke test and the resume
             print(hint)
+
+    def _check_sample_fits(self) -> None:
+        """Raises ConfigError if the first sample would fail, before hours of training."""
+        settings, context = self.config.sample, self.trainer.model.config.max_position_embeddings
+        prompt = len(self.corpus.tokenizer.encode(settings.prompt, add_special_tokens=False).ids)
+        if prompt + settings.new_tokens > context:
+            what = f"{settings.new_tokens} tokens after {prompt} of sample.prompt do not fit"
+            raise ConfigError("sample.new_tokens", f"{what}: the context is {context}", "lower it")
 
     def _check_open(self) -> None:
         self.trainer.check_usable()

@@ -2,8 +2,9 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import FrameType
+from typing import Self
 
 from workflow.training import distributed
 
@@ -21,35 +22,50 @@ def raise_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
-@contextmanager
-def deferred_signals() -> Iterator[Callable[..., None]]:
-    """Lets Ctrl-C and SIGTERM wait until the block calls the function `safe_point(before)`.
+class DeferredSignals:
+    """In its `with` block, Ctrl-C and SIGTERM wait until the block calls `safe_point`.
 
-    After a signal, `safe_point` calls `before` (for example: save), then raises as the signal would
-    have. All processes of a run stop at the same step. A second signal acts at once. In other
-    threads than the main one, signals are not deferred.
+    A second signal acts at once. A block that ends early can leave a signal waiting: the next
+    `safe_point` or `raise_pending` raises it. In other threads than the main one, signals are not
+    deferred.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda *_: None
-        return
-    received: list[int] = []
 
-    def wait(number: int, frame) -> None:
-        received.append(number)
-        if len(received) > 1:
-            handlers[number](number, frame)
+    def __init__(self):
+        self.pending = 0  # the number of the signal that waits, or 0
+        self._handlers: dict[int, Callable] = {}
 
-    def safe_point(before: Callable[[], None] = lambda: None) -> None:
-        if number := distributed.all_reduce_max(received[0] if received else 0):
-            before()
-            handlers[number](number, None)
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            handlers = {number: signal.getsignal(number) for number in numbers}
+            self._handlers = {n: handler for n, handler in handlers.items() if callable(handler)}
+            for number in self._handlers:
+                signal.signal(number, self._wait)
+        return self
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {n: signal.getsignal(n) for n in numbers if callable(signal.getsignal(n))}
-    for number in handlers:
-        signal.signal(number, wait)
-    try:
-        yield safe_point
-    finally:
-        for number, handler in handlers.items():
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
+
+    def safe_point(self, before: Callable[[], None] = lambda: None) -> None:
+        """If a signal waits, calls `before` (for example: save), then raises as it would have.
+
+        All processes of a run stop at the same step.
+        """
+        if number := distributed.all_reduce_max(self.pending):
+            before()
+            self._raise(number)
+
+    def raise_pending(self) -> None:
+        """Raises the signal that the block left waiting, if any."""
+        if self.pending:
+            self._raise(self.pending)
+
+    def _wait(self, number: int, frame: FrameType | None) -> None:
+        if self.pending:
+            self._raise(number, frame)
+        self.pending = number
+
+    def _raise(self, number: int, frame: FrameType | None = None) -> None:
+        self.pending = 0
+        self._handlers[number](number, frame)

@@ -1,7 +1,9 @@
 """The proof of exact resume: the same steps without a stop, and resumed in new objects."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from workflow.training.metrics import StepTrace
 from workflow.training.open import open_run, resume_run, run_name
 from workflow.training.resume import code_sha256
 from workflow.training.run import UNINTERRUPTED_FILE, Run
-from workflow.training.signals import deferred_signals
+from workflow.training.signals import DeferredSignals
 
 
 def continue_uninterrupted(run: Run, max_steps: int) -> StepTrace:
@@ -37,11 +39,11 @@ def train_uninterrupted(run: Run, max_steps: int) -> StepTrace:
         raise CheckpointError(run.folder, what, "start a new run next to it with FRESH=1")
     if run.loaded_step == trainer.global_step:
         print(f"Note: these steps follow a checkpoint, loaded at step {run.loaded_step}")
-    with deferred_signals() as safe_point:
+    with DeferredSignals() as signals:
         while trainer.global_step < max_steps:
             trainer.train_step()
             trainer.metrics()
-            safe_point()
+            signals.safe_point()
     return trainer.trace(first_step)
 
 
@@ -71,13 +73,13 @@ def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
     stop, end = config.train.steps, config.last_step
     name = run_name(config, reference, corpus)
     folder, checkpoints = config.paths.runs / name, config.paths.checkpoints / name
-    logged = folder / "smoke_test.json"
-    if logged.is_file() and StepTrace.read(logged).code == code_sha256():
+    files = folder / UNINTERRUPTED_FILE, folder / "smoke_test.json"
+    if all(map(is_current, files)):
         print(f"Smoke test {name}: read from its log")
     else:
-        if logged.is_file():
-            print(f"Smoke test {name}: it was of other code, and is repeated")
-            logged.unlink()
+        if files[1].is_file():
+            print(f"Smoke test {name}: it is of other code, or damaged, and is repeated")
+            files[1].unlink()
             shutil.rmtree(checkpoints, ignore_errors=True)
         run = open_run(config, reference, corpus)
         list(run.train(stop))
@@ -85,12 +87,19 @@ def smoke_test(config: Config, reference, corpus: Corpus) -> SmokeTest:
         continue_uninterrupted(run, end)
         run = resume_run(run.directory.checkpoint(stop), config, corpus=corpus)
         list(run.train(end))
-        run.trace(1).write(logged)
+        run.trace(1).write(files[1])
         run.close()
     size = config.train.batch_size, config.train.sequence_length
     batches = [batch_at(corpus.train, step, *size, config.run.seed) for step in range(end)]
-    result = SmokeTest(batches, *map(StepTrace.read, (folder / UNINTERRUPTED_FILE, logged)))
+    result = SmokeTest(batches, *map(StepTrace.read, files))
     shutil.rmtree(checkpoints, ignore_errors=True)
     if not result.exact:
-        logged.unlink()
+        files[1].unlink()
     return result
+
+
+def is_current(file: Path) -> bool:
+    """Whether the record in a file is undamaged, and of this code."""
+    with suppress(CheckpointError):
+        return StepTrace.read(file).code == code_sha256()
+    return False

@@ -1,0 +1,81 @@
+"""Values that are valid alone, but not together. Each is refused before anything starts."""
+
+import difflib
+from collections.abc import Iterator
+
+import torch
+
+
+def problem(config) -> str | None:
+    """The first problem of a `Config`, as `WHAT` or `WHAT; HOW to fix it`; None if there is none.
+
+    Keys are written in full: an error then names the `--set` that changed one of them.
+    """
+    if found := model_problem(config) or device_problem(config.run.device):
+        return found
+    for name, value, limit, maximum in limits(config):
+        if value > maximum:
+            return f"{name} is {value}, more than {limit} = {maximum}; change one of the two"
+    size, micro_size = config.train.batch_size, config.train.micro_batch_size or 1
+    if size % micro_size:
+        return f"train.batch_size {size} is not a multiple of train.micro_batch_size {micro_size}"
+    return None
+
+
+def model_problem(config) -> str | None:
+    for key, row in (("model", config.model), ("train.model", config.train_model)):
+        if row not in config.models:
+            (near,) = difflib.get_close_matches(row, config.models, n=1, cutoff=0)
+            return f"{key} is {row!r}, there is no such model; did you mean {near}?"
+    if config.train.init == "reference" and config.train_model != config.model:
+        return f"train.init is reference, but train.model is not {config.model!r}"
+    trained = config.train_architecture.vocab_size
+    original = config.model_entry.architecture.vocab_size
+    if trained != original:
+        size = f"train.model {config.train_model!r} has vocab_size {trained}"
+        return f"{size}, the tokenizer of model {config.model!r} has {original}"
+    return None
+
+
+def device_problem(device: str) -> str | None:
+    """device: `run.device`."""
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
+        return f"run.device is {device}, but torch finds no CUDA GPU here"
+    if number and int(number) >= (count := torch.cuda.device_count()):
+        return f"run.device is {device}, but the last of the {count} GPUs here is cuda:{count - 1}"
+    if kind == "mps" and not torch.backends.mps.is_available():
+        return "run.device is mps, but torch finds no Apple GPU here"
+    return None
+
+
+def limits(config) -> Iterator[tuple[str, float, str, float]]:
+    """A key, its value, the name of its limit, and the limit."""
+    train, smoke_test, mutations = config.train, config.smoke_test, config.mutations
+    original = f"model {config.model}", config.model_entry
+    key = "train.model" if train.model else "model"
+    trained = f"{key} {config.train_model}", config.models[config.train_model]
+    for name, value, (model, entry), needed in (
+        ("train.sequence_length", train.sequence_length, trained, 0),
+        ("sample.new_tokens", config.sample.new_tokens, trained, 1),
+        ("evaluation.window", config.evaluation.window or 0, trained, 0),
+        ("smoke_test.sequence_length", smoke_test.sequence_length, original, 0),
+        ("mutations.sequence_length", mutations.sequence_length, original, 0),
+        ("mutations.tokens", mutations.tokens, original, 0),
+        ("proof.new_tokens", config.proof.new_tokens, original, 300),  # the longest prompt
+    ):
+        context = f"the context of {model}" + (f" - {needed}" if needed else "")
+        yield name, value, context, entry.architecture.max_position_embeddings - needed
+    for name, part in (("train", train), ("smoke_test", smoke_test), ("mutations", mutations)):
+        # a larger batch would fill the memory before an error is shown
+        keys = f"{name}.batch_size × {name}.sequence_length"
+        yield keys, part.batch_size * part.sequence_length, "2^24", 2**24
+    length, schedule = train.sequence_length, train.schedule_steps
+    yield "train.sequence_length", length, "train.validation_tokens", train.validation_tokens
+    yield "train.warmup_steps", train.warmup_steps, "train.schedule_steps", schedule
+    decay, after = train.decay_steps or 0, schedule - train.warmup_steps
+    yield "train.decay_steps", decay, "train.schedule_steps - train.warmup_steps", after
+    rate, smallest = train.learning_rate, train.min_learning_rate
+    yield "train.min_learning_rate", smallest, "train.learning_rate", rate
+    save_at, last = smoke_test.save_at, smoke_test.steps - 1
+    yield "smoke_test.save_at", save_at, "smoke_test.steps - 1", last

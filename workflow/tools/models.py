@@ -1,0 +1,35 @@
+"""Opens a model by a name that a user types."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from workflow import proof, training
+from workflow.config import Config
+from workflow.errors import ForeignError
+from workflow.reference import Reference, load_exported, load_reference
+
+REFERENCE = "reference"  # instead of a path: the original's weights
+
+
+def open_reference(config: Config) -> Reference:
+    source, cache = config.reference.source, config.paths.cache
+    return load_reference(source, config.model_entry, cache=cache)
+
+
+def open_model(name: str, config: Config):
+    """Model, tokenizer (of transformers), and provenance.
+
+    name: `reference`, a folder in Hugging Face format, or a checkpoint or run: see
+    `checkpoint.find`. Raises WorkflowError.
+    """
+    if name == REFERENCE:
+        reference = open_reference(config)
+        return proof.copy_reference(reference), reference.tokenizer, asdict(reference.provenance)
+    path = Path(name)
+    if os.path.isfile(path / "config.json"):
+        return load_exported(path)
+    try:
+        return training.load_model(path, config.paths.checkpoints)
+    except ForeignError as error:
+        return training.load_foreign_model(error, open_reference(config))
