@@ -51,9 +51,9 @@ def test_train_then_resume_then_both_again(here, project):
     saved = checkpoints(project)
     assert set(saved) == {"checkpoint_20.pt", "checkpoint_25.pt"}
     for words, steps in ((["train"], ["0", "10", "20"]), (["resume", str(path)], ["25"])):
-        code, printed, _ = here(*words, settings=SHORT)
+        code, printed, notes = here(*words, settings=SHORT)
         nothing = f"Nothing to train: run {path.parent.name} is complete; replaying its log"
-        assert code == 0 and nothing in printed and samples(printed) == steps
+        assert code == 0 and nothing in notes and samples(printed) == steps
     assert checkpoints(project) == saved
     assert here("train", settings=(*SHORT, "train.learning_rate=1e-3"))[0] == 0
     assert len(list(project.glob("checkpoints/ci-*"))) == 2
@@ -82,15 +82,15 @@ def test_resume_takes_its_settings_from_the_checkpoint(
     assert len(error) < 500 and "is 0.003 in the checkpoint and 0.001 now, " in error
     words = shlex.split(error.partition("or type: main.py ")[2])
     assert words[:2] == ["resume", folder] and words.count("--allow") == 2
-    code, printed, _ = here(*words, "--until", "22")
-    assert code == 0 and "Profile ci: settings from the checkpoint; changed: train." in printed
+    code, printed, notes = here(*words, "--until", "22")
+    assert code == 0 and "Profile ci: settings from the checkpoint; changed: train." in notes
     assert "Saved checkpoint_22.pt" in printed and samples(printed) == ["22"]
     code, printed, _ = here("resume", folder)  # steps + resume_steps of the run
     assert code == 0 and "Saved checkpoint_25.pt" in printed
     rates = {r["step"]: r["learning_rate"] for r in read_log(log / "metrics.jsonl") if "loss" in r}
     assert rates[21] < 0.0004 < 0.0006 < rates[20] and list(rates) == list(range(1, 26))
-    code, printed, _ = here("resume", folder, "--until", "30")
-    assert "Note: from step 25 on, the rate stays 0.0003" in printed
+    code, printed, notes = here("resume", folder, "--until", "30")
+    assert "Note: from step 25 on, the rate stays 0.0003" in notes
     assert "Removed checkpoint_22.pt: train.keep_checkpoints is 2" in printed
     assert "step 25: the run is already at 30; use --until N" in refused(2, "resume", folder)
     assert "the profile ci; omit it" in refused(2, "resume", folder, "--profile", "cpu")
@@ -100,16 +100,16 @@ def test_a_checkpoint_of_an_earlier_release_brings_what_changes_numbers(here, tr
     state = training.checkpoint.load(trained)
     del state["settings"]
     training.checkpoint.save(trained, state)
-    code, printed, _ = here("resume", str(trained.parent), "--until", "21")
-    assert code == 0 and "Profile ci: settings from the checkpoint" in printed
+    code, printed, notes = here("resume", str(trained.parent), "--until", "21")
+    assert code == 0 and "Profile ci: settings from the checkpoint" in notes
     assert "Saved checkpoint_21.pt" in printed
 
 
 def test_a_log_without_a_checkpoint_is_mentioned_and_kept(here, trained):
     shutil.rmtree(trained.parent)
-    code, printed, _ = here("train", settings=SHORT)
-    before, _, after = printed.partition("metrics.jsonl has 20 steps, but no checkpoint; it is now")
-    assert code == 0 and "Step: " not in before and "Step: 20, Train Loss: " in after
+    code, printed, notes = here("train", settings=SHORT)
+    before, found, _ = notes.partition("metrics.jsonl has 20 steps, but no checkpoint; it is now")
+    assert code == 0 and found and "Training" not in before and "Step: 20, Train" in printed
 
 
 def test_verify_prints_the_checks_as_json(here):

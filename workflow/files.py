@@ -16,7 +16,13 @@ from filelock import BaseFileLock, FileLock, Timeout
 from workflow.errors import BusyError, DiskError
 
 DAY = 86_400.0  # seconds
+PROJECT = Path(__file__).resolve().parent.parent  # the folder of the code
 SPACE_FIX = "free disk space, or choose another folder: --set {}=PATH"
+
+
+def project_file(name: str) -> Path:
+    """A file next to the code, from any working directory; in that of the code, just its name."""
+    return Path(name) if Path.cwd() == PROJECT else PROJECT / name
 
 
 @contextmanager
@@ -37,7 +43,9 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise disk_error(path, setting, error, needed) from error
     finally:
         with suppress(OSError):
@@ -56,6 +64,12 @@ def disk_errors(path: Path, setting: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(path, setting, error) from error
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether the system refused to write; torch, tokenizers and safetensors hide its error."""
+    found = any(words in str(error) for words in ("inline_container", "os error"))
+    return isinstance(error, OSError) or found or (error and is_disk_error(error.__context__))
 
 
 def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> DiskError:

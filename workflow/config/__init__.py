@@ -1,8 +1,6 @@
 """Settings: YAML, profile and overrides become typed values, or one clear error."""
 
-from workflow.config.arguments import OneLineParser, at_least
 from workflow.config.load import load_config, parse_yaml
 from workflow.config.settings import Config, DataSettings, ProofSettings
 
-__all__ = ["Config", "DataSettings", "OneLineParser", "ProofSettings", "at_least", "load_config"]
-__all__ += ["parse_yaml"]
+__all__ = ["Config", "DataSettings", "ProofSettings", "load_config", "parse_yaml"]

@@ -16,7 +16,7 @@ from torch import nn
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Wheel
 from workflow.errors import SourceError
-from workflow.files import DAY, disk_error, disk_errors, remove_temporary_files
+from workflow.files import DAY, disk_error, disk_errors, is_disk_error, remove_temporary_files
 from workflow.reference.folder import check_equal
 from workflow.reference.gguf_file import parse_once, read_gguf
 
@@ -96,7 +96,9 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
         tokenizer.save_pretrained(partial)
         (partial / HASHES).write_text(json.dumps(file_hashes(partial, folder.name), indent=1))
         partial.replace(folder)
-    except Exception as error:  # safetensors and tokenizers have their own when the disk is full
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise disk_error(folder, "paths.cache", error) from error
 
 
