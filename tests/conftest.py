@@ -145,6 +145,12 @@ def command(project):
     return lambda *words, **more: run_process(project, python_main(*words, settings=()), **more)
 
 
+@pytest.fixture
+def resource():
+    """Python's module for limits of the system, which Windows does not have."""
+    return pytest.importorskip("resource")
+
+
 @dataclass(frozen=True)
 class Fork:
     """A process that was forked from this one, which need not import torch again."""
@@ -166,6 +172,8 @@ class Fork:
 
 def fork(work: Callable[[], int | None], **environment: str) -> Fork:
     """Runs a function in a fork. Its result is the exit code; None is 0, an exception is 1."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
     reading, writing = os.pipe()
     if (pid := os.fork()) == 0:
         code = 1

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -126,20 +125,48 @@ def test_a_changed_tokenizer_or_dtype_of_a_run_is_refused(refused, trained, chan
 # --- signals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("phase", "line"), [("loading", "Profile ci"), ("training", "Step: 30,")])
-def test_sigterm_saves_at_the_next_safe_point(project, phase, line):
+def saved_step(project) -> int:
+    """The step of the only checkpoint, which must be sound."""
+    assert not list(project.glob("*/*/*.tmp.*"))
+    (path,) = project.glob("checkpoints/*/checkpoint_*.pt")
+    return checkpoint.load(path)["step"]
+
+
+def test_sigterm_while_loading_leaves_nothing(project):
     process = popen(project, python_main("train", settings=LONG))
-    assert any(line in text for text in process.stdout)
+    assert any("Profile ci" in text for text in process.stderr)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (143, "")
-    steps = [int(step) for step in re.findall(r"^Saved checkpoint_(\d+)", printed, re.MULTILINE)]
-    if phase == "loading":
-        assert files(project) == {}
-    else:
-        (path,) = project.glob("checkpoints/*/checkpoint_*.pt")
-        assert [checkpoint.load(path)["step"]] == steps and steps[0] >= 30
-    assert not list(project.glob("*/*/*.tmp.*"))
+    assert (process.returncode, printed) == (143, "") and "Traceback" not in errors
+    assert files(project) == {}
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [
+        (lambda process: process.send_signal(signal.SIGTERM), 143),
+        (lambda process: process.send_signal(signal.SIGHUP), 129),
+        (lambda process: process.stdout.close(), 141),  # as `| head` does
+    ],
+)
+def test_a_stop_saves_at_the_next_safe_point(project, stop, code):
+    with popen(project, python_main("train", settings=LONG)) as process:
+        assert any("Step: 30," in text for text in process.stdout)
+        stop(process)
+        errors = process.stderr.read()
+        assert process.wait(timeout=60) == code and "Traceback" not in errors
+    assert saved_step(project) >= 30
+
+
+@pytest.mark.skipif(not shutil.which("nohup"), reason="needs nohup")
+def test_after_nohup_a_run_goes_on_when_its_terminal_is_closed(project):
+    with popen(project, ["nohup", *python_main("train", settings=LONG)]) as process:
+        assert any("Step: 30," in text for text in process.stdout)
+        process.send_signal(signal.SIGHUP)
+        assert any("Step: 60," in text for text in process.stdout)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 143 and saved_step(project) >= 60
 
 
 @pytest.mark.parametrize(
@@ -226,7 +253,7 @@ def test_a_full_disk_is_one_line(project, size, before, settings, words):
     assert line.startswith("error: ") and re.search(words, line)
 
 
-def test_a_file_size_limit_during_a_save_keeps_what_was_there(refused, trained, project):
+def test_a_file_size_limit_during_a_save_keeps_what_was_there(refused, trained, project, resource):
     before, limits = files(project), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:

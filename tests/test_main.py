@@ -126,11 +126,11 @@ def test_verify_exits_with_1_if_a_check_fails(here, monkeypatch):
     assert "17 of 22 checks passed, 1 failed (logits match), 4 skipped" in printed
 
 
-def test_generate_is_greedy_without_sampling_options_and_reads_stdin(here, trained, monkeypatch):
+def test_generate_prints_the_text_alone_and_is_greedy_without_sampling_options(here, trained):
     def generate(*options: str, settings=()) -> str:
-        code, printed, _ = here("generate", *options, "--tokens", "8", settings=settings)
-        assert code == 0 and "\nOnce" in printed
-        return printed.splitlines()[-1]
+        code, printed, notes = here("generate", *options, "--tokens", "8", settings=settings)
+        assert code == 0 and printed.startswith("Once") and "train" not in notes
+        return printed
 
     greedy = generate("Once")
     sampling = ("Once", "--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.001")
@@ -138,8 +138,19 @@ def test_generate_is_greedy_without_sampling_options_and_reads_stdin(here, train
     assert sampled == generate(*sampling) != greedy
     assert sampled != generate(*sampling, settings=["run.seed=5"])
     assert generate(*sampling, "--checkpoint", str(trained)) != sampled
-    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
-    assert generate() == greedy
+
+
+@pytest.mark.parametrize("content", [b"Once\nupon", b"\xef\xbb\xbfOnce\r\nupon\r\n"])
+def test_a_prompt_on_stdin_has_no_byte_order_mark_and_no_carriage_returns(
+    here, monkeypatch, content
+):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert here("generate", "--tokens", "8") == here("generate", "Once\nupon", "--tokens", "8")
+
+
+def test_a_prompt_on_stdin_that_is_not_utf_8_is_refused_by_name(refused, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert "error: stdin: byte 4, 0xe9, is not UTF-8; give" in refused(2, "generate")
 
 
 def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, project):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 from itertools import islice
 from pathlib import Path
 
@@ -283,7 +282,7 @@ def test_converted_files_that_changed_are_converted_again(wheel, damage, capsys)
 
 
 @pytest.mark.parametrize("file_size", [None, 50_000])
-def test_disk_that_cannot_be_written_is_one_line(wheel, tmp_path, file_size):
+def test_disk_that_cannot_be_written_is_one_line(wheel, tmp_path, resource, file_size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, limits[1]))

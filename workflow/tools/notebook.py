@@ -23,7 +23,7 @@ from workflow import errors
 from workflow.config.load import OVERRIDES_VARIABLE, PROFILE_VARIABLE
 from workflow.errors import WorkflowError
 from workflow.files import project_file, write_text_atomic
-from workflow.tools.terminal import Stopped, stop_signals
+from workflow.tools.terminal import Stopped, raise_on_signals, stop_signals
 
 NAME, RUNS = "main.ipynb", Path("runs")
 SILENT_SECONDS = 8  # after this, a line says that the notebook is still working
@@ -58,6 +58,8 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
             raise Stopped(client.stopped_by) from None
         write_notebook(notebook, RUNS / "failed")
         raise one_line_error(error, client.cell) from None
+    finally:
+        raise_on_signals()  # the end of asyncio's loop has reset them
     folder = run_folder(notebook)
     write_notebook(notebook, folder / file.stem)
     if in_place:
