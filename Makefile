@@ -68,4 +68,4 @@ tensorboard: setup
 	@$(BIN)/tensorboard --logdir runs
 # this Python's kernel, also if JUPYTER_PATH has another one; Jupyter refuses root, as in a container
 lab: setup
-	@$(BIN)/jupyter lab main.ipynb --KernelSpecManager.kernel_dirs='[]' $(if $(filter 0,$(shell id -u)),--allow-root)
+	@JUPYTER_PATH= JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab main.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

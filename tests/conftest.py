@@ -136,6 +136,7 @@ def run_process(folder: Path, command: Sequence[str], **environment: str):
     """The same, up to its end; returns subprocess.CompletedProcess."""
     environment = os.environ | {"SMOLLM_PROFILE": "ci"} | environment
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+    options["errors"] = "replace"
     return subprocess.run(command, timeout=300, **options)
 
 

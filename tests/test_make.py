@@ -1,5 +1,6 @@
 """`make setup` chooses a build of torch; `make lab` starts with the environment's own kernel."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -70,6 +73,15 @@ def foreign_kernel(tmp_path, monkeypatch) -> Path:
     return file
 
 
+def reply(url: str) -> dict:
+    """The JSON of a server that may not listen yet."""
+    for _ in range(40):
+        with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url) as answer:  # noqa: S310
+            return json.load(answer)
+        time.sleep(0.5)
+    raise TimeoutError(url)
+
+
 @pytest.mark.skipif(not (ROOT / ".venv/bin/jupyter").exists(), reason="needs make setup")
 def test_lab_starts_also_as_root_with_the_kernel_of_this_python(foreign_kernel, tmp_path):
     (tmp_path / ".venv").mkdir()
@@ -82,11 +94,9 @@ def test_lab_starts_also_as_root_with_the_kernel_of_this_python(foreign_kernel, 
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with subprocess.Popen(["make", "lab"], cwd=tmp_path, env=environment, **options) as lab:
         try:
-            lines = (line for line in lab.stderr if "/lab" in line)
+            lines = (line for line in lab.stderr if "://localhost" in line)
             (address,) = re.findall(r"http://localhost:\d+/", next(lines))
-            url = f"{address}api/kernelspecs?token=secret"
-            with urllib.request.urlopen(url, timeout=20) as reply:  # noqa: S310
-                (kernel,) = json.load(reply)["kernelspecs"].values()
+            (kernel,) = reply(f"{address}api/kernelspecs?token=secret")["kernelspecs"].values()
         finally:
             os.killpg(lab.pid, signal.SIGKILL)
     assert kernel["name"] == "python3" and kernel["spec"]["display_name"] != "foreign"

@@ -109,8 +109,9 @@ def test_the_first_token_of_the_real_model_comes_in_seconds(smollm2):
 # --- other systems --------------------------------------------------------------------------------
 
 OTHER_SYSTEM = """
-import fcntl, os, signal, stat, sys, warnings
-get_flags, fsync = fcntl.fcntl, os.fsync
+import builtins, fcntl, os, signal, stat, warnings
+get_flags, fsync, import_module = fcntl.fcntl, os.fsync, builtins.__import__
+ours = "workflow", "SmolLm3", "main", "__main__", "conftest", "test", "torture", "lies", "filelock"
 
 def strict_fsync(number):
     flags = get_flags(number, 3) & os.O_ACCMODE  # F_GETFL
@@ -121,9 +122,16 @@ def strict_fsync(number):
 def no_links(*_, **__):
     raise OSError(1314, "A required privilege is not held by the client")
 
-os.fsync, os.symlink = strict_fsync, no_links
-sys.modules["fcntl"] = sys.modules["resource"] = None
+def import_without(name, globals=None, *rest, **more):
+    # for this project only: other libraries know which system this really is
+    if name in ("fcntl", "resource") and (globals or {}).get("__name__", "").startswith(ours):
+        raise ImportError(name)
+    return import_module(name, globals, *rest, **more)
+
+os.fsync, os.symlink, builtins.__import__ = strict_fsync, no_links, import_without
 del os.fork, signal.SIGHUP
+with warnings.catch_warnings(action="ignore"):
+    import filelock  # it warns that it locks in another way; on Windows it has its own
 warnings.filterwarnings("error", category=EncodingWarning, module="workflow|SmolLm3|main|__main__")
 """
 

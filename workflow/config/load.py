@@ -8,6 +8,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -82,8 +83,11 @@ def beside(folder: Path, values: Mapping, setting: str) -> Mapping:
     names = values[table].get(key) if isinstance(values.get(table), dict) else None
 
     def place(name: Any) -> Any:
-        path = os.path.join(folder, expand(name)) if name and isinstance(name, str) else ""
-        return path if path and (key == "cache" or os.path.exists(path)) else name
+        with suppress(ValueError):  # what is no path is refused later
+            path = os.path.join(folder, expand(name)) if isinstance(name, str) else ""
+            if path and (key == "cache" or os.path.exists(path)):
+                return path
+        return name
 
     places = [place(name) for name in names] if isinstance(names, list) else place(names)
     return values if places == names else merge(values, {table: {key: places}})
