@@ -49,6 +49,7 @@ def test_exported_folder_gives_the_same_logits_in_transformers(name, changes, re
     text = "def f(x):\n  return 1\n"
     config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"  # transformers 4 knows it
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]  # no token_type_ids
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer(text).input_ids == reference.tokenizer(text).input_ids
     stored = load_file(tmp_path / "out" / "model.safetensors")

@@ -94,6 +94,8 @@ def write_folder(model: LlamaModel, tokenizer, folder: Path) -> None:
     settings = {key: settings[key] for key in settings if key not in LOCAL_KEYS}
     # transformers 4 does not know the class that transformers 5 writes; 5 knows both
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # by default, transformers 4 adds token_type_ids, which `generate` of a Llama refuses
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copymode(file, folder / "model.safetensors")  # safetensors ignores the umask
 
