@@ -111,9 +111,9 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
     except Timeout:
-        who = holder.read_text() if holder.is_file() else "another process"
+        who = holder.read_text("utf-8") if holder.is_file() else "another process"
         raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
     except OSError as error:
         raise disk_error(folder, setting, error) from error

@@ -94,7 +94,8 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / HASHES).write_text(json.dumps(file_hashes(partial, folder.name), indent=1))
+        hashes = json.dumps(file_hashes(partial, folder.name), indent=1)
+        (partial / HASHES).write_text(hashes, encoding="utf-8")
         partial.replace(folder)
     except Exception as error:
         if not is_disk_error(error):
@@ -105,7 +106,7 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
 def is_intact(folder: Path) -> bool:
     """Whether a converted folder has exactly the files, and the bytes, that were written."""
     try:
-        return json.loads((folder / HASHES).read_text()) == file_hashes(folder, folder.name)
+        return json.loads((folder / HASHES).read_text("utf-8")) == file_hashes(folder, folder.name)
     except (OSError, ValueError):
         return False
 
