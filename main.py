@@ -9,29 +9,34 @@ exit codes:
   5    weights or data are not available
   6    the disk is full or cannot be written
   7    the run is in use by another process
+  129  stopped by SIGHUP
   130  stopped by Ctrl-C
+  141  the reader of stdout has ended
   143  stopped by SIGTERM
 
-An error is one line on stderr: error: WHERE: WHAT is wrong; HOW to fix it.
+Results go to stdout, all else to stderr. An error is one line there:
+error: WHERE: WHAT is wrong; HOW to fix it.
 """
 
 import inspect
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from itertools import chain
 
-from workflow import analysis, proof, training
-from workflow.config import Config, load_config
-from workflow.data import load_corpus, read_text
 from workflow.errors import WorkflowError, one_line_errors
-from workflow.proof import mutations
-from workflow.reference import export as export_model
-from workflow.tools import models
 from workflow.tools.arguments import OneLineParser, add_options
-from workflow.training import distributed
-from workflow.training.signals import raise_on_sigterm
+from workflow.tools.terminal import (
+    CLOSED_PIPE,
+    Output,
+    open_standard_streams,
+    raise_on_signals,
+    read_prompt,
+)
+
+# The commands import what they need: torch takes seconds, which --help and an error should not.
 
 # --- the commands; the docstring of each is its help ----------------------------------------------
 
@@ -45,10 +50,11 @@ def run(arguments: Namespace) -> None:
     example:
       python main.py run --profile ci
     """
-    load_config(profile=arguments.profile, overrides=arguments.set)  # an error before the kernel
-    from workflow.tools.notebook import execute  # 1 s that other commands do not need
+    configure(arguments, show=False)  # an error before the kernel
+    from workflow.tools.notebook import execute
 
-    execute(arguments.profile, arguments.set, arguments.in_place)
+    with redirect_stdout(arguments.out):
+        execute(arguments.profile, arguments.set, arguments.in_place)
 
 
 def verify(arguments: Namespace) -> int:
@@ -63,10 +69,13 @@ def verify(arguments: Namespace) -> int:
       python main.py verify --candidate docs/examples/wrong_model.py --quick
     """
     candidate = arguments.candidate or arguments.candidate_logits
-    with redirect_stdout(sys.stderr if arguments.json else sys.stdout):
-        reference, config = open_reference(arguments)
-        settings = config.proof.model_copy(update={"quick": arguments.quick})
-        text, _ = read_text(config.data.fallback_text)
+    reference, config = open_reference(arguments)
+    from workflow import proof
+    from workflow.data import read_text
+
+    settings = config.proof.model_copy(update={"quick": arguments.quick})
+    text, _ = read_text(config.data.fallback_text)
+    with redirect_stdout(sys.stderr if arguments.json else arguments.out):
         if arguments.write_inputs:
             return proof.write_inputs(arguments.write_inputs, reference, settings)
         if candidate:
@@ -76,7 +85,7 @@ def verify(arguments: Namespace) -> int:
             checks = proof.verify(proof.copy_reference(reference), reference, settings, text)
             content = proof.checks_to_json(checks)
     if arguments.json:
-        print(json.dumps(content, indent=1, allow_nan=False))
+        print(json.dumps(content, indent=1, allow_nan=False), file=arguments.out)
     return 1 if proof.failed_checks(checks) else 0
 
 
@@ -90,9 +99,12 @@ def mutate(arguments: Namespace) -> None:
       python main.py mutate --set mutations.steps=100
     """
     reference, config = open_reference(arguments)
-    results, curves = mutations.run_mutations(proof.copy_reference(reference), reference, config)
-    print(mutations.result_table(results, curves, config.mutations.learning_rate).to_string())
-    print(mutations.curve_table(curves).to_string())
+    from workflow.proof import copy_reference, mutations
+
+    results, curves = mutations.run_mutations(copy_reference(reference), reference, config)
+    table = mutations.result_table(results, curves, config.mutations.learning_rate)
+    for each in (table, mutations.curve_table(curves)):
+        print(each.to_string(), file=arguments.out)
 
 
 def train(arguments: Namespace) -> None:
@@ -104,11 +116,17 @@ def train(arguments: Namespace) -> None:
     example:
       python main.py train --profile cpu --set data.source=my.txt
     """
-    with distributed.main_process_first():  # the others find converted weights and tokens cached
-        reference, config = open_reference(arguments)
+    config = configure(arguments)
+    from workflow import training
+    from workflow.data import load_corpus
+    from workflow.tools.models import open_reference
+
+    with training.distributed.main_process_first():  # the others find weights and tokens cached
+        reference = open_reference(config)
         tokenizer = reference.tokenizer.backend_tokenizer
         corpus = load_corpus(config, tokenizer, reference.end_of_text)
-    train_until(config.train.steps, training.open_run(config, reference, corpus), config)
+    run = training.open_run(config, reference, corpus, arguments.out)
+    train_until(config.train.steps, run, config)
 
 
 def resume(arguments: Namespace) -> None:
@@ -121,11 +139,14 @@ def resume(arguments: Namespace) -> None:
     example:
       python main.py resume checkpoints/RUN --until 6000
     """
+    from workflow import training
+
     loaded = training.load_checkpoint(arguments.checkpoint)
     config = configure(arguments, training.saved_settings(*loaded))
     if (max_steps := arguments.until or config.last_step) < (step := loaded[1]["step"]):
         raise WorkflowError(f"step {max_steps}", f"the run is already at {step}", "use --until N")
-    train_until(max_steps, training.resume_run(loaded, config, arguments.allow), config)
+    run = training.resume_run(loaded, config, arguments.allow, out=arguments.out)
+    train_until(max_steps, run, config)
 
 
 def generate(arguments: Namespace) -> None:
@@ -137,21 +158,24 @@ def generate(arguments: Namespace) -> None:
     example:
       python main.py generate "Once upon a time," --top-k 50 --temperature 0.8
     """
+    prompt = read_prompt() if arguments.prompt == "-" else arguments.prompt
+    config = configure(arguments, training=False)
     import torch
 
-    prompt = sys.stdin.read().removesuffix("\n") if arguments.prompt == "-" else arguments.prompt
+    from workflow import analysis
+    from workflow.tools.models import open_generator
+
     filters = arguments.top_k, arguments.top_p, arguments.min_p
     options = analysis.sampling_options(arguments.temperature, *filters)
-    model, tokenizer, _, config = open_model(arguments)
+    model, tokenizer = open_generator(arguments.checkpoint, config, arguments.chat)
     options["generator"] = torch.Generator().manual_seed(config.run.seed)
     with one_line_errors("generate", "change the prompt or the options"):
         ids = analysis.prompt_ids(tokenizer, prompt, arguments.chat)
         precision = torch.bfloat16 if arguments.bf16 else torch.float32
         model = analysis.prepare_for_generation(model, precision)
-        print("" if arguments.chat else prompt, end="", flush=True)
-        for piece in analysis.stream_text(model, tokenizer, ids, arguments.tokens, options):
-            print(piece, end="", flush=True)
-    print()
+        pieces = analysis.stream_text(model, tokenizer, ids, arguments.tokens, options)
+        for piece in chain(() if arguments.chat else [prompt], pieces, ["\n"]):
+            print(piece, end="", flush=True, file=arguments.out)
 
 
 def evaluate(arguments: Namespace) -> None:
@@ -162,7 +186,10 @@ def evaluate(arguments: Namespace) -> None:
     example:
       python main.py evaluate reference --data input.txt --stride 512
     """
-    model, tokenizer, _, _ = open_model(arguments)
+    model, tokenizer, _ = open_model(arguments)
+    from workflow import analysis
+    from workflow.data import read_text
+
     text, digest = read_text(arguments.data)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     window = arguments.window or min(1024, model.config.max_position_embeddings)
@@ -170,7 +197,7 @@ def evaluate(arguments: Namespace) -> None:
         text = tokenizer.decode(tokens := tokens[: arguments.windows * window])
     with one_line_errors("evaluate", "change --window, --stride or the text"):
         result = analysis.evaluate(model, tokens, window, arguments.stride, text)
-    print(f"{arguments.data} (sha256 {digest[:12]}…): {result}")
+    print(f"{arguments.data} (sha256 {digest[:12]}…): {result}", file=arguments.out)
 
 
 def export(arguments: Namespace) -> None:
@@ -182,9 +209,12 @@ def export(arguments: Namespace) -> None:
     example:
       python main.py export checkpoints/RUN/checkpoint_5050.pt my-model --gguf Q8_0
     """
-    model, tokenizer, provenance, _ = open_model(arguments)
-    folder = export_model(model, tokenizer, arguments.folder, provenance, arguments.gguf)
-    print(f"Wrote {folder}:", *sorted(file.name for file in folder.iterdir()))
+    model, tokenizer, provenance = open_model(arguments)
+    from workflow.reference import export
+
+    folder = export(model, tokenizer, arguments.folder, provenance, arguments.gguf)
+    names = sorted(file.name for file in folder.iterdir())
+    print(f"Wrote {folder}:", *names, file=arguments.out)
 
 
 def bench(arguments: Namespace) -> None:
@@ -197,13 +227,14 @@ def bench(arguments: Namespace) -> None:
     example:
       python main.py bench --profile cpu --only "greedy generation"
     """
-    from workflow.tools import bench, busy, phases  # transformers: 4 s for this command only
-
     config, rounds = configure(arguments), arguments.rounds
+    from workflow.tools import bench, busy, phases
+
     if arguments.busy or arguments.phases:
-        print((busy if arguments.busy else phases).report(config, rounds))
+        report = (busy if arguments.busy else phases).report(config, rounds)
     else:
-        print(bench.report(config, rounds, arguments.only))
+        report = bench.report(config, rounds, arguments.only)
+    print(report, file=arguments.out)
 
 
 def runs(arguments: Namespace) -> None:
@@ -215,10 +246,10 @@ def runs(arguments: Namespace) -> None:
     example:
       python main.py runs
     """
-    from workflow.tools import runs  # matplotlib: seconds that other commands do not need
+    config = configure(arguments, show=False)
+    from workflow.tools import runs
 
-    settings = load_config(profile=arguments.profile, overrides=arguments.set)
-    print(runs.report(settings.paths.runs, arguments.names))
+    print(runs.report(config.paths.runs, arguments.names), file=arguments.out)
 
 
 COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
@@ -226,32 +257,42 @@ COMMANDS |= {"runs": runs, "generate": generate, "evaluate": evaluate, "export":
 COMMANDS |= {"bench": bench}
 
 
-def configure(arguments: Namespace, saved: dict | None = None) -> Config:
+def configure(arguments: Namespace, saved: dict | None = None, show=True, training=True):
+    """The settings, which are shown: if nothing is trained, without those of training."""
+    from workflow.config import load_config
+
     config = load_config(profile=arguments.profile, overrides=arguments.set, saved=saved)
-    print(config)
+    if show:
+        print(config if training else config.header())
     return config
 
 
 def open_reference(arguments: Namespace):
-    config = configure(arguments)
+    config = configure(arguments, training=arguments.command == "mutate")
+    from workflow.tools import models
+
     return models.open_reference(config), config
 
 
 def open_model(arguments: Namespace):
-    """Model, tokenizer (of transformers), provenance, and the settings."""
-    config = configure(arguments)
-    return *models.open_model(arguments.checkpoint, config), config
+    """Model, tokenizer (of transformers), and provenance."""
+    config = configure(arguments, training=False)
+    from workflow.tools import models
+
+    return models.open_model(arguments.checkpoint, config)
 
 
-def train_until(max_steps: int, run, config: Config) -> None:
+def train_until(max_steps: int, run, config) -> None:
     """As in the notebook: trains, prints samples (also at step 0 and at the last step), saves."""
+    from workflow.training.distributed import end
+
     start = [0] if run.global_step == 0 else []
     for step in chain(start, run.train(max_steps)):
         if step % config.sample.every == 0 or step == max_steps:
             text = run.sample(config.sample.prompt)
-            print(f"=== Generation @ step {run.global_step} ===\n{text}")
+            print(f"=== Generation @ step {run.global_step} ===\n{text}", file=run.out)
     run.save_and_close()
-    distributed.end()
+    end()
 
 
 def parser() -> ArgumentParser:
@@ -274,20 +315,35 @@ def parser() -> ArgumentParser:
     return top
 
 
-def main(arguments: list[str] | None = None) -> int:
-    raise_on_sigterm()
-    sys.stdout.reconfigure(line_buffering=True)  # a log file can be followed
-    try:
-        options = parser().parse_args(arguments)
+def connect_processes(options: Namespace) -> None:
+    """Connects the processes of `torchrun`, if any. Only the main one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from workflow.training import distributed
+
         distributed.start(options.command in ("train", "resume"))
-        return COMMANDS[options.command](options) or 0
-    except WorkflowError as error:
-        if "--debug" in (arguments or sys.argv):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt as stop:
-        return getattr(stop, "exit_code", 130)
+        if not distributed.is_main_process():
+            options.out = sys.stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    open_standard_streams()
+    raise_on_signals()
+    out, notes = Output(sys.stdout, stops=True), Output(sys.stderr)
+    with redirect_stdout(notes), redirect_stderr(notes):
+        try:
+            with redirect_stdout(out):  # for --help
+                options = parser().parse_args(arguments, Namespace(out=out))
+            connect_processes(options)
+            code = COMMANDS[options.command](options) or 0
+            out.check()
+            return code
+        except WorkflowError as error:
+            if "--debug" in (arguments or sys.argv):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt as stop:
+            return CLOSED_PIPE if out.closed_pipe else getattr(stop, "exit_code", 130)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import chdir, redirect_stdout
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
+from unittest.mock import patch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those that it starts; before torch
 
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
+from workflow import files  # noqa: E402
 from workflow.config import load_config  # noqa: E402
 from workflow.reference import load_reference  # noqa: E402
 
@@ -99,7 +101,8 @@ def project(tmp_path) -> Path:
 def finished_run(tmp_path_factory) -> Path:
     """A copy of the project with a run of 20 steps and its checkpoints 10 and 20: do not change."""
     folder = copy_project(tmp_path_factory.mktemp("finished"))
-    with chdir(folder), redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+    silent = [f(io.TextIOWrapper(io.BytesIO())) for f in (redirect_stdout, redirect_stderr)]
+    with chdir(folder), patch("workflow.files.PROJECT", folder), silent[0], silent[1]:
         assert main.main(["train", "--profile", "ci", *options(*SHORT)]) == 0
     return folder
 
@@ -134,6 +137,7 @@ def run_process(folder: Path, command: Sequence[str], **environment: str):
     """The same, up to its end; returns subprocess.CompletedProcess."""
     environment = os.environ | {"SMOLLM_PROFILE": "ci"} | environment
     options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+    options["errors"] = "replace"
     return subprocess.run(command, timeout=300, **options)
 
 
@@ -141,6 +145,12 @@ def run_process(folder: Path, command: Sequence[str], **environment: str):
 def command(project):
     """Runs `python main.py …` as a process in `project`, with the ci profile."""
     return lambda *words, **more: run_process(project, python_main(*words, settings=()), **more)
+
+
+@pytest.fixture
+def resource():
+    """Python's module for limits of the system, which Windows does not have."""
+    return pytest.importorskip("resource")
 
 
 @dataclass(frozen=True)
@@ -164,6 +174,8 @@ class Fork:
 
 def fork(work: Callable[[], int | None], **environment: str) -> Fork:
     """Runs a function in a fork. Its result is the exit code; None is 0, an exception is 1."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
     reading, writing = os.pipe()
     if (pid := os.fork()) == 0:
         code = 1
@@ -188,6 +200,7 @@ def fork_main(
 
     def work() -> int:
         os.chdir(folder)
+        files.PROJECT = folder
         return main.main([*arguments, *options(*settings)])
 
     return fork(work, SMOLLM_PROFILE="ci", **environment)
@@ -195,15 +208,16 @@ def fork_main(
 
 @pytest.fixture
 def here(project, monkeypatch, capsys):
-    """The same within this process, without new imports: exit code, stdout, stderr."""
+    """The same within this process, without new imports: exit code, results, notes and errors."""
     monkeypatch.chdir(project)
+    monkeypatch.setattr("workflow.files.PROJECT", project)
     monkeypatch.setenv("SMOLLM_PROFILE", "ci")
 
     def run(*arguments: str, settings: Sequence[str] = ()) -> tuple[int, str, str]:
         capsys.readouterr()
         code = main.main([*arguments, *options(*settings)])
         printed, errors = capsys.readouterr()
-        return code, printed.replace("\r", "\n"), errors  # after a progress bar, a new line
+        return code, printed, errors.replace("\r", "\n")  # after a progress bar, a new line
 
     return run
 
@@ -215,8 +229,8 @@ def refused(here):
     def run(code: int, *arguments: str, settings: Sequence[str] = ()) -> str:
         actual, printed, errors = here(*arguments, settings=settings)
         assert actual == code, printed + errors
-        (line,) = errors.splitlines()
-        assert line.startswith("error: ") and "; " in line
+        *_, line = errors.splitlines()
+        assert line.startswith("error: ") and "; " in line and errors.count("error: ") == 1
         return line
 
     return run

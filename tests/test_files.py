@@ -24,6 +24,15 @@ def test_failed_write_keeps_only_the_old_file(tmp_path):
     assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
 
 
+def test_only_an_error_of_the_system_is_a_full_disk(tmp_path):
+    file = tmp_path / "file"
+    with pytest.raises(RuntimeError, match="out of memory"), atomic_write(file, "paths.runs"):
+        raise RuntimeError("CUDA out of memory")
+    for error in (OSError(28, "No space left"), RuntimeError("[fail at inline_container.cc:9]")):
+        with pytest.raises(DiskError, match="cannot be written"), atomic_write(file, "paths.runs"):
+            raise error
+
+
 def test_partial_files_of_a_killed_process_are_removed(tmp_path, capsys):
     for name in ("a.pt.tmp.17", "b.json.tmp.4", "c.pt"):
         (tmp_path / name).touch()

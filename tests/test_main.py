@@ -51,9 +51,9 @@ def test_train_then_resume_then_both_again(here, project):
     saved = checkpoints(project)
     assert set(saved) == {"checkpoint_20.pt", "checkpoint_25.pt"}
     for words, steps in ((["train"], ["0", "10", "20"]), (["resume", str(path)], ["25"])):
-        code, printed, _ = here(*words, settings=SHORT)
+        code, printed, notes = here(*words, settings=SHORT)
         nothing = f"Nothing to train: run {path.parent.name} is complete; replaying its log"
-        assert code == 0 and nothing in printed and samples(printed) == steps
+        assert code == 0 and nothing in notes and samples(printed) == steps
     assert checkpoints(project) == saved
     assert here("train", settings=(*SHORT, "train.learning_rate=1e-3"))[0] == 0
     assert len(list(project.glob("checkpoints/ci-*"))) == 2
@@ -82,15 +82,15 @@ def test_resume_takes_its_settings_from_the_checkpoint(
     assert len(error) < 500 and "is 0.003 in the checkpoint and 0.001 now, " in error
     words = shlex.split(error.partition("or type: main.py ")[2])
     assert words[:2] == ["resume", folder] and words.count("--allow") == 2
-    code, printed, _ = here(*words, "--until", "22")
-    assert code == 0 and "Profile ci: settings from the checkpoint; changed: train." in printed
+    code, printed, notes = here(*words, "--until", "22")
+    assert code == 0 and "Profile ci: settings from the checkpoint; changed: train." in notes
     assert "Saved checkpoint_22.pt" in printed and samples(printed) == ["22"]
     code, printed, _ = here("resume", folder)  # steps + resume_steps of the run
     assert code == 0 and "Saved checkpoint_25.pt" in printed
     rates = {r["step"]: r["learning_rate"] for r in read_log(log / "metrics.jsonl") if "loss" in r}
     assert rates[21] < 0.0004 < 0.0006 < rates[20] and list(rates) == list(range(1, 26))
-    code, printed, _ = here("resume", folder, "--until", "30")
-    assert "Note: from step 25 on, the rate stays 0.0003" in printed
+    code, printed, notes = here("resume", folder, "--until", "30")
+    assert "Note: from step 25 on, the rate stays 0.0003" in notes
     assert "Removed checkpoint_22.pt: train.keep_checkpoints is 2" in printed
     assert "step 25: the run is already at 30; use --until N" in refused(2, "resume", folder)
     assert "the profile ci; omit it" in refused(2, "resume", folder, "--profile", "cpu")
@@ -100,16 +100,16 @@ def test_a_checkpoint_of_an_earlier_release_brings_what_changes_numbers(here, tr
     state = training.checkpoint.load(trained)
     del state["settings"]
     training.checkpoint.save(trained, state)
-    code, printed, _ = here("resume", str(trained.parent), "--until", "21")
-    assert code == 0 and "Profile ci: settings from the checkpoint" in printed
+    code, printed, notes = here("resume", str(trained.parent), "--until", "21")
+    assert code == 0 and "Profile ci: settings from the checkpoint" in notes
     assert "Saved checkpoint_21.pt" in printed
 
 
 def test_a_log_without_a_checkpoint_is_mentioned_and_kept(here, trained):
     shutil.rmtree(trained.parent)
-    code, printed, _ = here("train", settings=SHORT)
-    before, _, after = printed.partition("metrics.jsonl has 20 steps, but no checkpoint; it is now")
-    assert code == 0 and "Step: " not in before and "Step: 20, Train Loss: " in after
+    code, printed, notes = here("train", settings=SHORT)
+    before, found, _ = notes.partition("metrics.jsonl has 20 steps, but no checkpoint; it is now")
+    assert code == 0 and found and "Training" not in before and "Step: 20, Train" in printed
 
 
 def test_verify_prints_the_checks_as_json(here):
@@ -126,11 +126,11 @@ def test_verify_exits_with_1_if_a_check_fails(here, monkeypatch):
     assert "17 of 22 checks passed, 1 failed (logits match), 4 skipped" in printed
 
 
-def test_generate_is_greedy_without_sampling_options_and_reads_stdin(here, trained, monkeypatch):
+def test_generate_prints_the_text_alone_and_is_greedy_without_sampling_options(here, trained):
     def generate(*options: str, settings=()) -> str:
-        code, printed, _ = here("generate", *options, "--tokens", "8", settings=settings)
-        assert code == 0 and "\nOnce" in printed
-        return printed.splitlines()[-1]
+        code, printed, notes = here("generate", *options, "--tokens", "8", settings=settings)
+        assert code == 0 and printed.startswith("Once") and "train" not in notes
+        return printed
 
     greedy = generate("Once")
     sampling = ("Once", "--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.001")
@@ -138,8 +138,19 @@ def test_generate_is_greedy_without_sampling_options_and_reads_stdin(here, train
     assert sampled == generate(*sampling) != greedy
     assert sampled != generate(*sampling, settings=["run.seed=5"])
     assert generate(*sampling, "--checkpoint", str(trained)) != sampled
-    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
-    assert generate() == greedy
+
+
+@pytest.mark.parametrize("content", [b"Once\nupon", b"\xef\xbb\xbfOnce\r\nupon\r\n"])
+def test_a_prompt_on_stdin_has_no_byte_order_mark_and_no_carriage_returns(
+    here, monkeypatch, content
+):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert here("generate", "--tokens", "8") == here("generate", "Once\nupon", "--tokens", "8")
+
+
+def test_a_prompt_on_stdin_that_is_not_utf_8_is_refused_by_name(refused, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert "error: stdin: byte 4, 0xe9, is not UTF-8; give" in refused(2, "generate")
 
 
 def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, project):

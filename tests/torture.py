@@ -15,7 +15,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import tempfile
@@ -382,6 +381,8 @@ def load_hostile_files(folder: Path) -> dict[str, int]:
 
 def print_refusal(path: Path) -> None:
     """Prints the error of loading a file, and the memory that loading needed, in bytes."""
+    import resource  # not on Windows
+
     resource.setrlimit(resource.RLIMIT_AS, (60 * 10**9, 60 * 10**9))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:

@@ -16,7 +16,13 @@ from filelock import BaseFileLock, FileLock, Timeout
 from workflow.errors import BusyError, DiskError
 
 DAY = 86_400.0  # seconds
+PROJECT = Path(__file__).resolve().parent.parent  # the folder of the code
 SPACE_FIX = "free disk space, or choose another folder: --set {}=PATH"
+
+
+def project_file(name: str) -> Path:
+    """A file next to the code, from any working directory; in that of the code, just its name."""
+    return Path(name) if Path.cwd() == PROJECT else PROJECT / name
 
 
 @contextmanager
@@ -30,14 +36,16 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows cannot fsync a file opened for reading
             os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == "posix":  # the rename then survives a power failure; Windows cannot do this
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise disk_error(path, setting, error, needed) from error
     finally:
         with suppress(OSError):
@@ -46,7 +54,7 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
 
 def write_text_atomic(path: Path, text: str, setting: str) -> None:
     with atomic_write(path, setting) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -56,6 +64,12 @@ def disk_errors(path: Path, setting: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(path, setting, error) from error
+
+
+def is_disk_error(error: BaseException | None) -> bool:
+    """Whether the system refused to write; torch, tokenizers and safetensors hide its error."""
+    found = any(words in str(error) for words in ("inline_container", "os error"))
+    return isinstance(error, OSError) or found or (error and is_disk_error(error.__context__))
 
 
 def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> DiskError:
@@ -97,9 +111,9 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
     except Timeout:
-        who = holder.read_text() if holder.is_file() else "another process"
+        who = holder.read_text("utf-8") if holder.is_file() else "another process"
         raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
     except OSError as error:
         raise disk_error(folder, setting, error) from error

@@ -1,6 +1,5 @@
 """Texts become token files: caching, the validation split, and damage."""
 
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ def text(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_one_line_of_100_mb_needs_limited_memory(load, text):
+def test_one_line_of_100_mb_needs_limited_memory(load, text, resource):
     with open(text, "wb") as file:
         for _ in range(100):
             file.write(b"words " * 87_382 + b"x" * 524_288)  # with spaces, then without

@@ -98,9 +98,9 @@ def test_run_on_wikitext_from_the_hub_then_from_its_cache(hub, here, refused, pr
     lines = []
     for _ in range(2):
         hub.requests.clear()
-        code, printed, error = here("train", settings=HUB_RUN)
+        code, _, error = here("train", settings=HUB_RUN)
         assert code == 0, error
-        lines += [line for line in printed.splitlines() if line.startswith("Data: ")]
+        lines += [line for line in error.splitlines() if line.startswith("Data: ")]
     assert hub.requests == [] and lines[0] == lines[1]
     assert lines[0].startswith("Data: Salesforce/wikitext wikitext-2-raw-v1, 4 documents, ")
     assert f"(revision {COMMIT}, text sha256 " in lines[0]
@@ -117,16 +117,16 @@ def test_run_on_wikitext_from_the_hub_then_from_its_cache(hub, here, refused, pr
 
 def test_run_without_the_hub_uses_input_txt_and_is_resumed_on_it(hub, here, project):
     hub.fault = Fault(503)
-    code, printed, error = here("train", settings=HUB_RUN)
+    code, _, error = here("train", settings=HUB_RUN)
     assert code == 0, error
     reason = "the Hub answered 503 Service Unavailable"
-    assert f"The Hub is skipped: Salesforce/wikitext: {reason}\n" in printed
-    assert "Data: input.txt, " in printed
+    assert f"The Hub is skipped: Salesforce/wikitext: {reason}\n" in error
+    assert "Data: input.txt, " in error
     hub.fault = None
     (checkpoint,) = (project / "checkpoints").glob("*/checkpoint_20.pt")
     code, printed, error = here("resume", str(checkpoint), settings=HUB_RUN)
     assert code == 0, error
-    assert "Data: input.txt, " in printed and "Saved checkpoint_25.pt" in printed
+    assert "Data: input.txt, " in error and "Saved checkpoint_25.pt" in printed
 
 
 def test_offline_error_names_the_command_that_downloads_everything(hub, monkeypatch):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 from itertools import islice
 from pathlib import Path
 
@@ -18,12 +17,20 @@ from conftest import fork
 from workflow.errors import DiskError, SourceError
 from workflow.proof.checks import copy_reference, run_checks
 from workflow.reference import export
+from workflow.reference.folder import HF_KEYS
 from workflow.reference.load import load_reference
 
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize("kind", HF_KEYS)
+def test_the_known_keys_are_those_of_transformers(kind):
+    from transformers import AutoConfig
+
+    assert HF_KEYS[kind] == AutoConfig.for_model(kind).to_dict().keys()
 
 
 @pytest.fixture
@@ -283,7 +290,7 @@ def test_converted_files_that_changed_are_converted_again(wheel, damage, capsys)
 
 
 @pytest.mark.parametrize("file_size", [None, 50_000])
-def test_disk_that_cannot_be_written_is_one_line(wheel, tmp_path, file_size):
+def test_disk_that_cannot_be_written_is_one_line(wheel, tmp_path, resource, file_size):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, limits[1]))

@@ -1,6 +1,5 @@
 """A run: resume is exact, and no step is trained twice."""
 
-import fcntl
 import shutil
 import signal
 import threading
@@ -203,6 +202,7 @@ def test_ctrl_c_before_a_break_is_raised_by_the_next_call(config, reference, the
 def test_a_run_opened_twice_in_one_process_is_saved_closed_and_continued(
     config, reference, finished
 ):
+    fcntl = pytest.importorskip("fcntl")
     first = opened(config, reference)
     for stop in (5, 7):  # a loop that was left with `break` can be started again
         for step in first.train(20):

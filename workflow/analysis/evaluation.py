@@ -14,6 +14,7 @@ from tqdm import tqdm
 from workflow.analysis.states import hidden
 
 MAX_TOKENS = 4096  # in one forward pass
+ABSURD = 1e9  # a perplexity this high says nothing more: it is not shown
 MAX_LOGITS = 1024  # rows of 49152 floats at the same time: 200 MB
 
 
@@ -32,8 +33,10 @@ class Evaluation:
     protocol: str  # size and stride of the windows
 
     def __str__(self) -> str:
-        values = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}, word perplexity "
-        values += f"{self.word_perplexity:.4f}, {self.bits_per_byte:.4f} bits per byte"
+        values = f"loss {self.loss:.4f}, perplexity {self.perplexity:.4f}"
+        if self.word_perplexity < ABSURD:
+            values += f", word perplexity {self.word_perplexity:.4f}"
+        values += f", {self.bits_per_byte:.4f} bits per byte"
         return f"{values} over {self.tokens} tokens ({self.protocol})"
 
 
@@ -102,7 +105,8 @@ def evaluate_models(
     }
     index = pd.MultiIndex.from_tuples(results, names=["text", "model"])
     table = pd.DataFrame(results.values(), index)
-    return results, table.assign(**table.select_dtypes("float").map("{:.5g}".format))
+    shown = table.select_dtypes("float").map(lambda x: f"{x:.5g}" if x < ABSURD else "–")
+    return results, table.assign(**shown)
 
 
 def unigram_loss(train: np.ndarray, held_out: np.ndarray, vocabulary: int) -> float:

@@ -8,6 +8,7 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,21 +19,27 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from torch.torch_version import TorchVersion
 
-from workflow.config.settings import RENAMED_KEYS, Config
+from workflow.config.settings import RENAMED_KEYS, Config, expand
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
+from workflow.files import project_file
 
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
+CONFIG = "SmolLm3_Config.yaml"
+# Settings that name a file to read, or the cache; in the YAML, they are relative to its folder.
+INPUTS = ("data.source", "data.fallback_text", "proof.wikitext_file", "mutations.curves_file")
+INPUTS += ("evaluation.texts", "reference.source", "paths.cache")
 OVERRIDES_VARIABLE = "SMOLLM_SET"  # overrides separated by spaces, quoted as in a shell
 
 
 def load_config(
-    path: str | Path = "SmolLm3_Config.yaml",
+    path: str | Path | None = None,
     profile: str | None = None,
     overrides: Sequence[str] = (),
     saved: Mapping[str, Any] | None = None,
 ) -> Config:
     """Reads `path`, then applies the profile, SMOLLM_SET, and `overrides` ("section.key=value").
 
+    path: by default SmolLm3_Config.yaml next to the code. Files that it names are next to it.
     saved: the settings of a run, which replace those of the file and of its profile; the profile is
     then that of the run. Raises ConfigError with the key, the value and what was expected, and with
     the override or else the file. Raises WorkflowError if torch is too old or assert is off.
@@ -43,7 +50,8 @@ def load_config(
     if TorchVersion(torch.__version__) < (2, 10):
         what = "before 2.10, torch.load can run code from a file (CVE-2026-24747)"
         raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
-    values = read_yaml(Path(path))
+    path = Path(path or project_file(CONFIG))
+    values = read_yaml(path)
     profiles = values.pop("profiles", None)
     profiles = profiles if isinstance(profiles, dict) else {}
     saved = saved or {}
@@ -55,6 +63,8 @@ def load_config(
     keys = () if saved else list(changed_keys(values, changes))
     values = merge(merge(values, changes), saved) | {"profile": name, "profile_reason": reason}
     values["profile_keys"] = keys
+    for setting in INPUTS:
+        values = beside(path.parent, values, setting)
     if os.environ.get("FRESH") == "1":
         values["name_suffix"] = time.strftime("-%Y%m%d-%H%M%S")
     with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
@@ -65,6 +75,22 @@ def load_config(
             key, change = parse_override(override, f"{place} {override}")
             values, causes[key] = merge(values, change), f"{place} {override}"
     return validate(values | {"overrides": [*from_environment, *overrides]}, path, causes)
+
+
+def beside(folder: Path, values: Mapping, setting: str) -> Mapping:
+    """Replaces a relative path by the one in `folder`, if it exists there; the cache always is."""
+    table, _, key = setting.partition(".")
+    names = values[table].get(key) if isinstance(values.get(table), dict) else None
+
+    def place(name: Any) -> Any:
+        with suppress(ValueError):  # what is no path is refused later
+            path = os.path.join(folder, expand(name)) if isinstance(name, str) else ""
+            if path and (key == "cache" or os.path.exists(path)):
+                return path
+        return name
+
+    places = [place(name) for name in names] if isinstance(names, list) else place(names)
+    return values if places == names else merge(values, {table: {key: places}})
 
 
 def changed_keys(base: Mapping, changes: Mapping, prefix: str = "") -> Iterator[str]:
@@ -90,7 +116,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fix = "run from the project's folder, or name a readable file in UTF-8"
+        fix = "restore it, or name a readable file in UTF-8"
         raise ConfigError(path, f"it cannot be read: {error}", fix) from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):

@@ -290,17 +290,21 @@ class Config(Section):
         name = f"{self.profile}-smoke-test"
         return self.model_copy(update={"profile": name, "train": train, "run": run})
 
-    def __str__(self) -> str:
-        train, lines = self.train, []
+    def header(self) -> str:
+        """What every command shows: profile and model."""
         changes = f"; changed: {', '.join(self.overrides)}" if self.overrides else ""
-        lines.append(f"Profile {self.profile}: {self.profile_reason}{changes}")
+        return f"Profile {self.profile}: {self.profile_reason}{changes}\nModel {self.model}"
+
+    def __str__(self) -> str:
+        train, (profile, model) = self.train, self.header().split("\n")
+        lines = [profile]
         if self.profile_keys:
             lines.append(f"It overrides the YAML's base section in {', '.join(self.profile_keys)}")
         start = "the reference's weights" if train.init == "reference" else "random weights"
         size = f"{train.batch_size} × {train.sequence_length} tokens"
         steps = f"{train.steps} + {train.resume_steps} steps of {size}"
         trained = f"train {self.train_model} from {start} on {self.device} in {train.precision}"
-        lines.append(f"Model {self.model}; {steps} {trained}")
+        lines.append(f"{model}; {steps} {trained}")
         first = train.schedule_steps - (train.decay_steps or 0) if train.decay_steps else None
         decay = f"{train.decay} from step {first}" if first else train.decay
         rates = f"up to {train.learning_rate:g} at step {train.warmup_steps}, then {decay}"

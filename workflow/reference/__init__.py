@@ -3,8 +3,14 @@
 from workflow.reference.export import export
 from workflow.reference.folder import unequal_tensors
 from workflow.reference.gguf_file import read_gguf
-from workflow.reference.load import Reference, compare_configs, load_exported, load_reference
+from workflow.reference.load import (
+    Reference,
+    compare_configs,
+    load_exported,
+    load_for_generation,
+    load_reference,
+)
 from workflow.reference.wheel import find_in_package
 
 __all__ = ["Reference", "compare_configs", "export", "find_in_package", "load_exported"]
-__all__ += ["load_reference", "read_gguf", "unequal_tensors"]
+__all__ += ["load_for_generation", "load_reference", "read_gguf", "unequal_tensors"]

@@ -26,6 +26,20 @@ KNOWN_KEYS = {*ALLOWED_HF_VALUES, *SCALING, "head_dim", "layer_types", "rope_the
 KNOWN_KEYS |= {"type", "is_llama_config", "max_window_layers", "torch_dtype", "use_cache"}
 KNOWN_KEYS |= {"pretraining_tp", "transformers.js_config"}
 KNOWN_KEYS |= {"_attn_implementation", "_flash_attn_2_enabled", "_model_name_or_path"}
+# The keys of transformers' configs, which need not be imported for this; a test compares them.
+LLAMA_KEYS = set(
+    """
+    _name_or_path architectures attention_bias attention_dropout bos_token_id
+    chunk_size_feed_forward dtype eos_token_id head_dim hidden_act hidden_size id2label
+    initializer_range intermediate_size is_encoder_decoder label2id max_position_embeddings
+    mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
+    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict
+    rms_norm_eps rope_parameters tie_word_embeddings transformers_version use_cache vocab_size
+    """.split()
+)
+SMOLLM3_KEYS = LLAMA_KEYS | {"layer_types", "no_rope_layers", "no_rope_layer_interval"}
+SMOLLM3_KEYS |= {"sliding_window", "use_sliding_window"}
+HF_KEYS = {"llama": LLAMA_KEYS, "smollm3": SMOLLM3_KEYS - {"head_dim", "pretraining_tp"}}
 # Parts of names that speak of another computation: caps, norms, scales, windows, experts, …
 COMPUTATION = re.compile(
     r"cap|clip|clamp|norm|scal|mult|factor|alpha|mup|pct|window|sliding|chunk|local|global"
@@ -66,8 +80,6 @@ def check_config(file: Path) -> None:
 
     Other unknown keys are printed in one line.
     """
-    from transformers import AutoConfig  # takes seconds
-
     config = read_json(file)
     kinds = ALLOWED_HF_VALUES["model_type"]
     if (kind := config.get("model_type")) not in kinds:
@@ -75,7 +87,7 @@ def check_config(file: Path) -> None:
         raise SourceError(file, what, "choose a Llama model")
     for name in ("rope_parameters", "rope_scaling"):
         config |= config[name] if isinstance(config.get(name), dict) else {}
-    known = KNOWN_KEYS | AutoConfig.for_model(kind).to_dict().keys()
+    known = KNOWN_KEYS | HF_KEYS[kind]
     unknown = [name for name in config if name not in known and not name.endswith("_token_id")]
     suspect = [name for name in unknown if COMPUTATION.search(name)]
     if refused := [name for name in suspect if not has_no_effect(name, config[name])]:

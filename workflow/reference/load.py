@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from SmolLm3 import LlamaModel, ModelConfig, load_hf_weights
+from SmolLm3 import LlamaModel, ModelConfig, hf_name, load_hf_weights
 from workflow.config.settings import ModelEntry
 from workflow.errors import ConfigError, SourceError
 from workflow.files import weights_sha256
@@ -18,6 +18,7 @@ from workflow.reference.folder import (
     check_config,
     check_equal,
     check_weights,
+    read_json,
     read_weights,
     readable,
 )
@@ -136,13 +137,48 @@ def read_tokenizer(folder: Path) -> Any:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
-def check_tokenizer(tokenizer: Any, config: ModelConfig, name: str) -> None:
+def check_tokenizer(tokenizer: Any, config: ModelConfig, name: object) -> None:
     """Switches off truncation and padding. Raises ConfigError if a token has no embedding."""
     tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
     tokenizer.backend_tokenizer.no_padding()
     if (tokens := len(tokenizer)) > config.vocab_size:
         what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
         raise ConfigError(name, what, "use the model's own tokenizer")
+
+
+@dataclass(frozen=True)
+class PlainTokenizer:
+    """As much of transformers' tokenizer as plain text needs, without its import of seconds."""
+
+    backend_tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        return self.backend_tokenizer.get_vocab_size()
+
+
+def load_for_generation(source: str, entry: ModelEntry, cache: Path) -> tuple[LlamaModel, Any]:
+    """The original as a `LlamaModel`, and a tokenizer for plain text, without transformers.
+
+    For the arguments, see `load_reference`.
+    """
+    folder, origin, name, revision = find_model(source, entry, cache)
+    check_config(folder / "config.json")
+    config = check_architecture(entry.architecture, read_json(folder / "config.json"), origin)
+    with readable(folder / "tokenizer.json"):
+        tokenizer = PlainTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    weights = read_weights(folder, config)
+    check_weights(weights, config, folder)
+    check_tokenizer(tokenizer, config, name)
+    print(f"Reference: {name} (from {origin}, {revision})")
+    with torch.device("meta"):  # random weights would take a second
+        model = LlamaModel(config)
+    if config.tie_word_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    ours = {name: weights[hf_name(name)] for name in model.state_dict()}
+    model.load_state_dict(ours, assign=True)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def load_exported(folder: Path) -> tuple[LlamaModel, Any, dict[str, str]]:

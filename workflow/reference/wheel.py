@@ -16,7 +16,7 @@ from torch import nn
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Wheel
 from workflow.errors import SourceError
-from workflow.files import DAY, disk_error, disk_errors, remove_temporary_files
+from workflow.files import DAY, disk_error, disk_errors, is_disk_error, remove_temporary_files
 from workflow.reference.folder import check_equal
 from workflow.reference.gguf_file import parse_once, read_gguf
 
@@ -94,16 +94,19 @@ def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path
     try:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        (partial / HASHES).write_text(json.dumps(file_hashes(partial, folder.name), indent=1))
+        hashes = json.dumps(file_hashes(partial, folder.name), indent=1)
+        (partial / HASHES).write_text(hashes, encoding="utf-8")
         partial.replace(folder)
-    except Exception as error:  # safetensors and tokenizers have their own when the disk is full
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise disk_error(folder, "paths.cache", error) from error
 
 
 def is_intact(folder: Path) -> bool:
     """Whether a converted folder has exactly the files, and the bytes, that were written."""
     try:
-        return json.loads((folder / HASHES).read_text()) == file_hashes(folder, folder.name)
+        return json.loads((folder / HASHES).read_text("utf-8")) == file_hashes(folder, folder.name)
     except (OSError, ValueError):
         return False
 

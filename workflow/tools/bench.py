@@ -139,7 +139,7 @@ def worker(pipe: Connection, prepare: Callable, case: Any, config: Config) -> No
     prepare: returns the function to call. When the worker receives False, it sends its peak memory
     in GB (of the GPU, if there is one) and ends.
     """
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")
     run_task = prepare(case, config)
     synchronize = torch.cuda.synchronize if config.device.type == "cuda" else lambda: None
     again = True

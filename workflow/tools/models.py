@@ -4,10 +4,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from workflow import proof, training
 from workflow.config import Config
 from workflow.errors import ForeignError
-from workflow.reference import Reference, load_exported, load_reference
+from workflow.reference import Reference, load_exported, load_for_generation, load_reference
 
 REFERENCE = "reference"  # instead of a path: the original's weights
 
@@ -23,6 +22,8 @@ def open_model(name: str, config: Config):
     name: `reference`, a folder in Hugging Face format, or a checkpoint or run: see
     `checkpoint.find`. Raises WorkflowError.
     """
+    from workflow import proof, training  # seconds that `open_generator` does not need
+
     if name == REFERENCE:
         reference = open_reference(config)
         return proof.copy_reference(reference), reference.tokenizer, asdict(reference.provenance)
@@ -33,3 +34,14 @@ def open_model(name: str, config: Config):
         return training.load_model(path, config.paths.checkpoints)
     except ForeignError as error:
         return training.load_foreign_model(error, open_reference(config))
+
+
+def open_generator(name: str, config: Config, chat: bool):
+    """Model and tokenizer to generate text: of the reference, in a few seconds.
+
+    chat: whether the tokenizer needs its chat template. name: see `open_model`.
+    """
+    if name == REFERENCE and config.reference.source != "random" and not chat:
+        source, cache = config.reference.source, config.paths.cache
+        return load_for_generation(source, config.model_entry, cache)
+    return open_model(name, config)[:2]

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpecManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbformat import NotebookNode
@@ -20,9 +22,10 @@ from nbformat import NotebookNode
 from workflow import errors
 from workflow.config.load import OVERRIDES_VARIABLE, PROFILE_VARIABLE
 from workflow.errors import WorkflowError
-from workflow.files import write_text_atomic
+from workflow.files import project_file, write_text_atomic
+from workflow.tools.terminal import Stopped, raise_on_signals, stop_signals
 
-NOTEBOOK, RUNS = Path("main.ipynb"), Path("runs")
+NAME, RUNS = "main.ipynb", Path("runs")
 SILENT_SECONDS = 8  # after this, a line says that the notebook is still working
 SKIP_TAG = "skip-execution"  # the tag of cells for interactive use only
 
@@ -30,17 +33,21 @@ SKIP_TAG = "skip-execution"  # the tag of cells for interactive use only
 def execute(profile: str | None, overrides: Sequence[str], in_place: bool = False) -> None:
     """Executes the notebook and writes it to the folder of its run, as .ipynb and .html.
 
-    Ctrl-C and SIGTERM go to the kernel, where the run saves a checkpoint; then SystemExit is
+    Ctrl-C and stop signals go to the kernel, where the run saves a checkpoint; then Stopped is
     raised. in_place: also writes the output into main.ipynb.
     If a cell fails, raises WorkflowError with the exit code of the error in the kernel.
     """
-    if not NOTEBOOK.is_file():
-        raise WorkflowError(NOTEBOOK, "there is no such file", "run this in the project's folder")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    if not (file := project_file(NAME)).is_file():
+        raise WorkflowError(file, "there is no such file", "restore it")
+    notebook = nbformat.read(file, as_version=4)
     settings = [os.environ.get(OVERRIDES_VARIABLE, ""), shlex.join(overrides)]
-    environment = os.environ | {OVERRIDES_VARIABLE: " ".join(settings)}
+    folders = str(file.parent.resolve()), os.environ.get("PYTHONPATH")
+    modules = os.pathsep.join(filter(None, folders))  # the kernel then imports this project
+    environment = os.environ | {OVERRIDES_VARIABLE: " ".join(settings), "PYTHONPATH": modules}
+    # without installed kernels, it is the one of this Python: JUPYTER_PATH can have another python3
+    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     # without this log level, each run warns that loopback is not encrypted
-    options = {"kernel_name": "python3", "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    options = {"km": kernel, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
     options |= {"skip_cells_with_tag": SKIP_TAG, "record_timing": False, "coalesce_streams": True}
     client = LiveClient(notebook, **options)
     try:
@@ -48,13 +55,15 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
     except (CellExecutionError, RuntimeError) as error:  # RuntimeError: the kernel died
         if client.stopped_by:
             print("Stopped; the same command continues", file=sys.stderr)
-            sys.exit(128 + client.stopped_by)
+            raise Stopped(client.stopped_by) from None
         write_notebook(notebook, RUNS / "failed")
         raise one_line_error(error, client.cell) from None
+    finally:
+        raise_on_signals()  # the end of asyncio's loop has reset them
     folder = run_folder(notebook)
-    write_notebook(notebook, folder / NOTEBOOK.stem)
+    write_notebook(notebook, folder / file.stem)
     if in_place:
-        write_text_atomic(NOTEBOOK, nbformat.writes(notebook) + "\n", "paths.runs")
+        write_text_atomic(file, nbformat.writes(notebook) + "\n", "paths.runs")
     print(f"\nMade:\n  {folder}/main.html   the executed notebook: open it in a browser")
     print(f"  {folder}/main.ipynb  the same as a notebook\nLook:")
     print("  make tensorboard   curves and samples")
@@ -92,7 +101,7 @@ class LiveClient(NotebookClient):
 
     async def async_start_new_kernel(self, **options):
         with suppress(NotImplementedError):  # Windows
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *stop_signals()):
                 asyncio.get_running_loop().add_signal_handler(number, self.stop, number)
         await super().async_start_new_kernel(**options)
 
@@ -126,7 +135,7 @@ def one_line_error(error: Exception, cell: NotebookNode | None) -> WorkflowError
     if name == "AssertionError" and (claim := failed_claim(cell.source, str(error))):
         name, what = "the claim failed", f"{claim}, {what}".removesuffix(", ")
     fix = f"read the output so far in {RUNS / 'failed.ipynb'}"
-    result = WorkflowError(NOTEBOOK, f"{name}: {what}".removeprefix(": "), fix)
+    result = WorkflowError(NAME, f"{name}: {what}".removeprefix(": "), fix)
     result.exit_code = getattr(getattr(errors, name, None), "exit_code", 1)
     return result
 

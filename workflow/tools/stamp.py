@@ -9,6 +9,7 @@ from typing import Any
 
 import nbformat
 
+from workflow.files import project_file
 from workflow.training import hardware
 from workflow.training.metrics import git_commit
 
@@ -40,6 +41,6 @@ def stamp(notebook: Path, run: Any) -> str:
 
 def cells_sha256(notebook: Path) -> str:
     """The hash of all code cells of a notebook, without their outputs."""
-    cells = nbformat.read(notebook, as_version=4).cells
+    cells = nbformat.read(project_file(notebook), as_version=4).cells
     sources = [cell.source for cell in cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(sources).encode()).hexdigest()

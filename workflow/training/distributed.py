@@ -54,7 +54,7 @@ def start(supported: bool) -> None:
     with translate_errors():
         dist.init_process_group(backend, timeout=wait)
     if not is_main_process():
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def end() -> None:

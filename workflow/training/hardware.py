@@ -98,7 +98,7 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    for line in info.read_text().splitlines() if info.is_file() else ():
+    for line in info.read_text("utf-8", "replace").splitlines() if info.is_file() else ():
         if line.startswith("model name"):
             name = line.partition(":")[2].strip()
     kind, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -236,7 +236,8 @@ def git_commit() -> str:
 class ProgressBar:
     """A progress bar, and a line for some steps. After a resume both count from the checkpoint."""
 
-    def __init__(self, settings: TrainSettings, resumed_at: int):
+    def __init__(self, settings: TrainSettings, resumed_at: int, out: TextIO | None = None):
+        self.out = out  # for the lines; the bar is on sys.stdout
         self.settings, self.resumed_at, self.max_steps = settings, resumed_at, 0
         self.bar = tqdm(disable=True)
 
@@ -253,14 +254,19 @@ class ProgressBar:
 
     def write(self, row: Mapping[str, Any]) -> None:
         if line := step_line(row, self.settings, self.resumed_at, self.max_steps):
-            tqdm.write(line, file=sys.stdout)
+            self.print(line)
+
+    def print(self, line: str) -> None:
+        self.bar.clear()  # then it is drawn again, below the line
+        print(line, file=self.out)
+        self.bar.refresh()
 
     def replay(self, rows: Iterable[Mapping[str, Any]], since: int, max_steps: int) -> None:
         """Prints logged rows in the same form as training does."""
         self.resumed_at, self.max_steps = since, max_steps
         for row in rows:
             if "sample" in row:
-                print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
+                self.print(f"=== Generation @ step {row['step']} ===\n{row['sample']}")
             self.write(row)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -24,10 +24,11 @@ from workflow.training.trainer import Trainer
 Loaded = tuple[Path, dict[str, Any]]  # a checkpoint: its file and its contents
 
 
-def open_run(config: Config, reference, corpus: Corpus) -> Run:
+def open_run(config: Config, reference, corpus: Corpus, out: TextIO | None = None) -> Run:
     """The run of these settings, weights and data, at its newest undamaged checkpoint or at step 0.
 
-    reference: a `workflow.reference.Reference`. Raises CheckpointError, BusyError or DiskError.
+    reference: a `workflow.reference.Reference`. out: see `Run`.
+    Raises CheckpointError, BusyError or DiskError.
     """
     name, provenance = run_name(config, reference, corpus), asdict(reference.provenance)
     with distributed.main_process_first(), ExitStack() as on_error:
@@ -39,7 +40,7 @@ def open_run(config: Config, reference, corpus: Corpus) -> Run:
         trainer = Trainer(config, corpus)
         if config.train.init == "reference" and not loaded:
             load_hf_weights(trainer.model, reference.state_dict)
-        run = Run(trainer, directory, provenance, loaded)
+        run = Run(trainer, directory, provenance, loaded, out=out)
         on_error.pop_all()
     return run
 
@@ -54,13 +55,15 @@ def resume_run(
     config: Config,
     allow: Collection[str] = (),
     corpus: Corpus | None = None,
+    out: TextIO | None = None,
 ) -> Run:
     """The run of a checkpoint, in new objects.
 
     path: a checkpoint, or a folder for its newest one, or the result of `load_checkpoint`. If the
     run has later checkpoints, the newest is loaded instead: no step is trained twice. allow: what
     may differ from the checkpoint; see `resume.check_allowed`. corpus: the run's data; None: it is
-    loaded again. Raises CheckpointError if the file is not in a folder of `paths.checkpoints`.
+    loaded again. out: see `Run`.
+    Raises CheckpointError if the file is not in a folder of `paths.checkpoints`.
     """
     check_allowed(allow)
     if not isinstance(path, tuple):
@@ -71,12 +74,13 @@ def resume_run(
         corpus = corpus or reload_corpus(config, path.parent, state)
         directory = RunDirectory(path.parent)
         on_error.callback(directory.close)
-        print(f"Loaded {path.name}")
+        print(f"Loaded {path.name}", file=out)
         if max(checkpoint.steps_in(path.parent), default=0) > resumed_at:
             path, state = checkpoint.load_newest(path.parent)
             print(f"This run has later checkpoints: {path.name} is loaded instead")
         trainer = Trainer(config, corpus)
-        run = Run(trainer, directory, state["reference"], (path, state), resumed_at, allow)
+        loaded = path, state
+        run = Run(trainer, directory, state["reference"], loaded, resumed_at, allow, out)
         on_error.pop_all()
     return run
 

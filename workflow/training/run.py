@@ -9,14 +9,12 @@
 After a `break`, an interrupt or a kill, the same lines continue the run.
 """
 
-import sys
 from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
 from workflow.config.load import dump_yaml
 from workflow.errors import CheckpointError, ConfigError
@@ -46,7 +44,8 @@ class Run:
 
     provenance: of the weights. loaded: the checkpoint to continue from, as (path, state), or None.
     resumed_at: the step of the checkpoint given to `resume_run`, or 0. allowed: what may differ
-    from the checkpoint.
+    from the checkpoint. out: for the lines of the steps and of saved files, by default sys.stdout;
+    all else is printed to sys.stdout.
     """
 
     def __init__(
@@ -57,9 +56,10 @@ class Run:
         loaded: tuple[Path, dict[str, Any]] | None,
         resumed_at: int = 0,
         allowed: Collection[str] = (),
+        out: TextIO | None = None,
     ):
         self.trainer, self.config, self.corpus = trainer, trainer.config, trainer.corpus
-        self.directory, self.resumed_at = directory, resumed_at
+        self.directory, self.resumed_at, self.out = directory, resumed_at, out
         self.name = directory.folder.name
         self.folder = self.config.paths.runs / self.name  # of the log
         self.provenance = provenance | self.corpus.provenance
@@ -69,7 +69,7 @@ class Run:
         if loaded:
             self._load(*loaded, allowed)
         self.loaded_step = trainer.global_step  # 0: no checkpoint was loaded
-        self.progress = ProgressBar(self.config.train, resumed_at)
+        self.progress = ProgressBar(self.config.train, resumed_at, out)
         self.signals = DeferredSignals()
         logged = loaded[1].get("log") if loaded else None  # older releases did not store it
         main_process = distributed.is_main_process()
@@ -166,17 +166,17 @@ class Run:
             state = self._expected_parts() | about | self.trainer.state_dict()
             milestones = {settings.steps, self.config.last_step, self.resumed_at, self.loaded_step}
             deleted = self.directory.save(state, settings.keep_checkpoints, milestones)
-            tqdm.write(f"Saved {path.name}", file=sys.stdout)
+            self.progress.print(f"Saved {path.name}")
             if deleted:
                 why = f"train.keep_checkpoints is {settings.keep_checkpoints}"
-                tqdm.write(f"Removed {', '.join(deleted)}: {why}", file=sys.stdout)
+                self.progress.print(f"Removed {', '.join(deleted)}: {why}")
 
     def _stop(self) -> None:
         """Saves after Ctrl-C or SIGTERM."""
         self._write_checkpoint()
         saved = ", saved" if self.global_step else ""
         how = "Continue: run the same command again."
-        tqdm.write(f"Stopped at step {self.global_step}{saved}. {how}", file=sys.stdout)
+        self.progress.print(f"Stopped at step {self.global_step}{saved}. {how}")
 
     def close(self) -> None:
         """Closes the log and unlocks the folder. A second call does nothing."""
@@ -271,11 +271,12 @@ class Run:
         settings, steps = self.config.train, max_steps - self.global_step
         tokens = steps * settings.batch_size * settings.sequence_length
         parameters = sum(p.numel() for p in self.trainer.model.parameters())
-        print(
-            f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens: "
-            f"{tokens} tokens, {tokens / len(self.corpus.train):.1f} epochs; {parameters} "
-            f"parameters, {16 * parameters / 1e9:.2f} GB for weights, gradients and moments"
-        )
+        epochs, gigabytes = tokens / len(self.corpus.train), 16 * parameters / 1e9
+        size = f"{steps} steps of {settings.batch_size} × {settings.sequence_length} tokens"
+        plan = f"{size}: {tokens} tokens" + (f", {epochs:.1f} epochs" if epochs >= 0.05 else "")
+        if gigabytes >= 0.005:
+            plan += f"; {gigabytes:.2f} GB for weights, gradients and moments"
+        print(f"{plan}; {parameters} parameters")
         if max_steps > (end := settings.schedule_steps):
             print(f"Note: from step {end} on, the rate stays {settings.min_learning_rate:g}")
         hint = hardware.precision_hint(self.trainer.device, settings.precision, parameters)

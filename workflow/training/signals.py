@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first signal waits for a safe point, the second acts at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first signal waits for a safe point, the second acts at once."""
 
 import signal
 import threading
@@ -8,22 +8,11 @@ from typing import Self
 
 from workflow.training import distributed
 
-
-class Terminated(KeyboardInterrupt):
-    exit_code = 143  # SIGTERM is handled like Ctrl-C, but main.py has another exit code for it
-
-
-def raise_on_sigterm() -> None:
-    """Makes SIGTERM an exception: `finally` blocks then save and clean up, as after Ctrl-C."""
-
-    def handler(*_) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, handler)
+NUMBERS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n))
 
 
 class DeferredSignals:
-    """In its `with` block, Ctrl-C and SIGTERM wait until the block calls `safe_point`.
+    """In its `with` block, Ctrl-C, SIGTERM and SIGHUP wait until the block calls `safe_point`.
 
     A second signal acts at once. A block that ends early can leave a signal waiting: the next
     `safe_point` or `raise_pending` raises it. In other threads than the main one, signals are not
@@ -36,8 +25,7 @@ class DeferredSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT, signal.SIGTERM)
-            handlers = {number: signal.getsignal(number) for number in numbers}
+            handlers = {number: signal.getsignal(number) for number in NUMBERS}
             self._handlers = {n: handler for n, handler in handlers.items() if callable(handler)}
             for number in self._handlers:
                 signal.signal(number, self._wait)
