@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from conftest import fork
 from workflow.errors import DiskError, SourceError
 from workflow.proof.checks import copy_reference, run_checks
+from workflow.proof.compared import Comparison, OurModel
 from workflow.reference import export
 from workflow.reference.folder import HF_KEYS
 from workflow.reference.load import load_reference
@@ -134,7 +135,8 @@ def test_the_proof_compares_the_copy_with_the_file(folder, config):
     for norm in (model.norm, loaded.model.model.norm):  # the same change in both
         norm.weight[0] += 1
     settings = config.proof.model_copy(update={"quick": True})
-    first = islice(run_checks(model, loaded, settings, "Once upon a time"), 8)
+    comparison = Comparison(OurModel(model), loaded, model, settings, "Once upon a time")
+    first = islice(run_checks(comparison), 8)
     checks = {check.name: check for check in first}
     assert checks["tensor values match"].detail == NORM
 
