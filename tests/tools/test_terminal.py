@@ -100,7 +100,7 @@ def test_the_first_token_of_the_real_model_comes_in_seconds(smollm2):
     words = ("main.py", "generate", "Once", "--tokens", "1", "--profile", "cpu")
     words += ("--set", "reference.source=wheel")
     torch_import = min(seconds(ROOT, "-c", "import torch") for _ in range(2))
-    assert min(seconds(ROOT, *words) for _ in range(2)) < 2.5 * torch_import
+    assert min(seconds(ROOT, *words) for _ in range(2)) < 3.5 * torch_import
 
 
 # --- other systems --------------------------------------------------------------------------------
