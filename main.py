@@ -127,6 +127,7 @@ def train(arguments: Namespace) -> None:
         corpus = load_corpus(config, tokenizer, reference.end_of_text)
     run = training.open_run(config, reference, corpus, arguments.out)
     train_until(config.train.steps, run, config)
+    print(f"Steps up to {config.last_step}: main.py resume {run.directory.folder}")
 
 
 def resume(arguments: Namespace) -> None:
@@ -252,9 +253,8 @@ def runs(arguments: Namespace) -> None:
     print(runs.report(config.paths.runs, arguments.names), file=arguments.out)
 
 
-COMMANDS = {"run": run, "verify": verify, "mutate": mutate, "train": train, "resume": resume}
-COMMANDS |= {"runs": runs, "generate": generate, "evaluate": evaluate, "export": export}
-COMMANDS |= {"bench": bench}
+ALL = (run, verify, mutate, train, resume, runs, generate, evaluate, export, bench)
+COMMANDS = {command.__name__: command for command in ALL}
 
 
 def configure(arguments: Namespace, saved: dict | None = None, show=True, training=True):

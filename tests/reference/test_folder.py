@@ -282,7 +282,10 @@ def as_if_converted_to(folder: Path, name: str) -> None:
     ],
 )
 def test_converted_files_that_changed_are_converted_again(wheel, damage, capsys):
-    first, again = wheel(), "is damaged or incomplete: it is removed and converted again\n"
+    first, again = (
+        wheel(),
+        "is damaged, incomplete or old: it is converted again\n",
+    )
     damage(first.folder)
     capsys.readouterr()
     assert wheel().provenance == first.provenance

@@ -98,7 +98,11 @@ def load_corpus(
         validation_sha256, validation = load(source.validation)
         text_sha256 = hashlib.sha256(f"{text_sha256} {validation_sha256}".encode()).hexdigest()
     else:
-        train, validation = split(train, end_of_text, config.data.validation_fraction)
+        fraction, tokens = config.data.validation_fraction, len(train)
+        train, validation = split(train, end_of_text, fraction)
+        if len(validation) < tokens * fraction / 2:
+            share = f"{len(validation) / tokens:.1%} of the text, not {fraction:.0%}"
+            print(f"Note: {share}, is held out, because it starts with a document")
     documents = sum(int(np.count_nonzero(part == end_of_text)) for part in (train, validation))
     tokens, hashes = (train, validation, documents), (text_sha256, tokenizer_sha256)
     corpus = Corpus(source.name, source.revision, *tokens, *hashes, tokenizer, end_of_text)

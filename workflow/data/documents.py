@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 1000  # of a table
 # "CSV" was "csv" when rows such as `NA` were dropped: the name is a part of the text's hash
 TABLES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json", ".json": "json"}
 TABLES |= {".csv": "CSV", ".tsv": "TSV"}
-TEXT_FILE_FIX = "name a text file: --set data.source=FILE"
+TEXT_FILE_FIX = "name a text file"
 COLUMN_FIX = "choose another column: --set data.column=NAME"
 
 

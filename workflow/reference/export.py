@@ -29,7 +29,7 @@ Written by `python main.py export`. transformers loads this folder without any f
 |---|---|
 {rows}
 
-The licence is that of the original weights and of the training text.
+The licence is that of the weights it started from and of the training text.
 """
 
 

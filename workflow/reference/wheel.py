@@ -72,7 +72,7 @@ def convert(gguf: Path, folder: Path) -> None:
     partial = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
     with disk_errors(folder, "paths.cache"):
         if folder.exists():
-            print(f"{folder} is damaged or incomplete: it is removed and converted again")
+            print(f"{folder} is damaged, incomplete or old: it is converted again")
             shutil.rmtree(folder)
         remove_temporary_files(folder.parent, min_age=DAY)
         partial.mkdir()

@@ -17,6 +17,9 @@ from workflow.training.metrics import FOLDER_KEY, METRICS_FILE, SETTINGS_FILE, r
 
 COLUMNS = ("run", "began (UTC)", "model", "data", "steps", "loss", "held out", "differs")
 OTHER_TABLES = ("paths", "proof", "mutations", "smoke_test", "evaluation")  # not about training
+# often shares of others: shown last
+DERIVED = [f"train.{key}_steps" for key in ("schedule", "warmup", "decay")]
+DERIVED.append("train.min_learning_rate")
 MAX_SHOWN = 3  # differences in a row of the list
 
 
@@ -120,6 +123,7 @@ def differences(one: RunRecord, other: RunRecord) -> list[tuple[str, str, str]]:
 
     a, b = one.settings, other.settings
     keys = [key for key in dict(a) | dict(b) if a.get(key) != b.get(key)]
+    keys.sort(key=DERIVED.__contains__)
     return [(key, text(one, key), text(other, key)) for key in keys]
 
 

@@ -171,7 +171,7 @@ def check_archive(path: Path) -> None:
             if problem := archive_problem(archive, path.stat().st_size):
                 raise DamagedError(path, problem, "choose another file")
     except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "choose another file") from None
+        raise CheckpointError(path, "there is no such file", "see: main.py runs") from None
     except OSError as error:
         what = f"it cannot be read ({error.strerror or error})"
         raise CheckpointError(path, what, "choose another file") from None

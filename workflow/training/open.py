@@ -31,6 +31,9 @@ def open_run(config: Config, reference, corpus: Corpus, out: TextIO | None = Non
     Raises CheckpointError, BusyError or DiskError.
     """
     name, provenance = run_name(config, reference, corpus), asdict(reference.provenance)
+    if config.train.init == "scratch":
+        random = f"{config.train_model} with random weights"
+        provenance["name"] = f"{random} and the tokenizer of {provenance['name']}"
     with distributed.main_process_first(), ExitStack() as on_error:
         directory = RunDirectory(config.paths.checkpoints / name)
         on_error.callback(directory.close)
