@@ -71,6 +71,32 @@ def test_one_changed_weight_is_found_and_named(config, wide_reference):
     assert checks["gradients match"].passed is False
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("padded batch matches single prompts", lambda ids, cache: len(ids) == 2),
+        (
+            "logits match with and without cache",
+            lambda ids, cache: cache and cache.length > 64,
+        ),
+        ("gradients match", None),
+    ],
+)
+def test_a_mistake_in_batches_in_the_cache_or_in_training_is_found(
+    config, wide_reference, monkeypatch, name, wrong
+):
+    model = copy_reference(wide_reference)
+    hidden = model.hidden
+
+    def wrong_hidden(ids, **options):
+        is_wrong = wrong(ids, options.get("cache")) if wrong else model.training
+        return hidden(ids, **options) * (1.01 if is_wrong else 1)
+
+    monkeypatch.setattr(model, "hidden", wrong_hidden)
+    failed = failed_checks(quick_checks(model, wide_reference, config).values())
+    assert [check.name for check in failed] == [name]
+
+
 def test_a_wrong_greedy_token_is_named(config, wide_reference, monkeypatch):
     model = copy_reference(wide_reference)
     generate = model.generate

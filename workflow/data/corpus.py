@@ -18,6 +18,8 @@ from workflow.errors import DataError
 from workflow.files import DAY, atomic_write, remove_temporary_files
 
 DIGEST_BYTES = 32  # a token file ends with its sha256
+CODE = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
+CODE_SHA256 = hashlib.sha256(CODE).hexdigest()  # other code may make other tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def load_corpus(
         text_sha256 = sha256_of_text(files, source.column)
         file = folder / f"{files[0].stem[:50]}-{text_sha256[:8]}-{tokenizer_sha256[:8]}.bin"
         dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 65536 else np.uint32)
-        key = f"{text_sha256} {tokenizer_sha256}"
+        key = f"{text_sha256} {tokenizer_sha256} {CODE_SHA256}"
         if (tokens := read_tokens(file, dtype, key)) is None:
             pieces = read_documents(files, source.column)
             with atomic_write(file, "paths.cache") as temporary:
@@ -121,7 +123,7 @@ def split(tokens: np.ndarray, end_of_text: int, fraction: float) -> tuple[np.nda
 def read_tokens(file: Path, dtype: np.dtype, key: str) -> np.ndarray | None:
     """The token ids (N,) of a token file, memory-mapped.
 
-    key: hashes of the text and the tokenizer. None if it is missing, damaged, or of another key.
+    key: hashes of text, tokenizer and this code. None if it is missing, damaged, or of another key.
     """
     if not file.is_file() or file.stat().st_size < DIGEST_BYTES:
         return None

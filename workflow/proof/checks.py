@@ -94,7 +94,7 @@ def run_checks(comparison: Comparison) -> Iterator[Check]:
     yield from gradient_check(c)
     with torch.no_grad():
         yield from generation_checks(c)
-        yield from cache_check(subject, c.ids[:, :64])
+        yield from cache_check(subject, c.ids)
         yield from padding_check(subject, reference)
         yield from export_checks(subject, reference, c.ids)
         if not c.settings.quick:
@@ -243,24 +243,28 @@ def generation_checks(c: Comparison) -> Iterator[Check]:
 
 @answers("logits match with and without cache")
 def cache_check(subject: Compared, ids: Tensor) -> Iterator[Check]:
-    """The logits of ids (1, T): token by token with a cache, and all at once without one."""
-    steps = subject.logits_token_by_token(ids)
-    parts = {
-        f"token {place}": max_difference(step, logits)
-        for place, (step, logits) in enumerate(zip(steps, subject.logits(ids).unbind(dim=1)))
-    }
+    """The logits of ids (1, T): with a cache in several calls, and all at once without one."""
+    logits, parts, place = subject.logits(ids), {}, 0
+    for part in subject.logits_with_cache(ids):
+        end = place + part.shape[1]
+        parts[f"token {place}"] = max_difference(part, logits[:, place:end])
+        place = end
     yield max_check("logits match with and without cache", parts)
 
 
 @answers("padded batch matches single prompts")
 def padding_check(subject: Compared, reference: Reference) -> Iterator[Check]:
-    """The logits of every prompt: in one left-padded batch, and alone."""
+    """The logits of every prompt: in one left-padded batch, and alone; of two without padding."""
     prompts = {kind: encode_prompt(reference, text)[:, :100] for kind, text in PROMPTS}
     rows = subject.logits_of_padded(*left_pad(list(prompts.values())))
     parts = {
         kind: max_difference(row, subject.logits(prompt))
         for row, (kind, prompt) in zip(rows, prompts.items(), strict=True)
     }
+    pair = list(prompts.values())[:2]
+    pair = torch.cat([ids[:, : min(ids.shape[1] for ids in pair)] for ids in pair])
+    single = torch.cat([subject.logits(ids[None]) for ids in pair])
+    parts["two without padding"] = max_difference(subject.logits(pair), single)
     yield max_check("padded batch matches single prompts", parts)
 
 

@@ -81,8 +81,8 @@ class Compared:
         """The greedy continuation (B, T + new_tokens) of ids (B, T), padded on the left."""
         raise Lacks("it does not generate")
 
-    def logits_token_by_token(self, ids: Tensor) -> Iterator[Tensor]:
-        """Yields the logits (B, V) of each position of ids (B, T), with a cache."""
+    def logits_with_cache(self, ids: Tensor) -> Iterator[Tensor]:
+        """Yields the logits (B, n, V) of ids (B, T) in parts, each computed with a cache."""
         raise Lacks("no cache")
 
     def logits_of_padded(self, ids: Tensor, mask: Tensor) -> Iterator[Tensor]:
@@ -109,6 +109,13 @@ class OurModel(Compared):
     def parameters(self) -> dict[str, Tensor]:
         return {hf_name(name): tensor for name, tensor in self.model.named_parameters()}
 
+    def gradients(self, ids: Tensor) -> dict[str, Tensor]:
+        self.model.train()  # as in training; all other checks are in eval mode
+        try:
+            return super().gradients(ids)
+        finally:
+            self.model.eval()
+
     def modules(self, names: Sequence[str]) -> dict[str, nn.Module]:
         return submodules(self.model, names)
 
@@ -121,11 +128,13 @@ class OurModel(Compared):
     def generate(self, ids: Tensor, new_tokens: int, mask: Tensor) -> Tensor:
         return self.model.generate(ids, new_tokens, mask=mask)
 
-    def logits_token_by_token(self, ids: Tensor) -> Iterator[Tensor]:
+    def logits_with_cache(self, ids: Tensor) -> Iterator[Tensor]:
+        """Some tokens one by one, most of the others at once, the last again one by one."""
         B, T = ids.shape
         cache = KVCache(self.model.config, B, T, like=self.model.embed_tokens.weight)
-        for token in ids.split(1, dim=1):
-            yield self.model(token, cache=cache)[:, 0]
+        many = [T - 48] if T > 48 else []
+        for part in ids.split([1] * min(T, 32) + many + [1] * min(max(T - 32, 0), 16), dim=1):
+            yield self.model(part, cache=cache)
 
     def logits_of_padded(self, ids: Tensor, mask: Tensor) -> Iterator[Tensor]:
         for row, real in zip(self.model.hidden(ids, mask=mask), mask):
@@ -188,7 +197,7 @@ def load_copy(reference: Reference) -> LlamaModel:
     """A `LlamaModel` with the reference's weights, copied by name. Every name must match."""
     model = LlamaModel(reference.config)
     load_hf_weights(model, reference.state_dict)
-    return model
+    return model.eval()
 
 
 @dataclass

@@ -60,6 +60,8 @@ FILE_KINDS = (  # of files that are no archives: how they start, and a descripti
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` atomically. After NonFiniteError or DiskError, an older file is unchanged."""
+    if step_in(path) not in (None, state["step"]):  # a copy over another checkpoint
+        raise DamagedError(path, f"it is the checkpoint of step {state['step']}", "rename it")
     if names := non_finite_tensors(state):
         what = f"{names[0]} is not finite at step {state['step']}, nothing is saved"
         raise NonFiniteError(path, what, "lower train.learning_rate")
@@ -228,8 +230,14 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, the newest first."""
-    matches = [re.fullmatch(r"checkpoint_(\d+)\.pt", file.name) for file in folder.glob("*.pt")]
-    return sorted((int(match[1]) for match in matches if match), reverse=True)
+    steps = map(step_in, folder.glob("*.pt"))
+    return sorted((step for step in steps if step is not None), reverse=True)
+
+
+def step_in(path: Path) -> int | None:
+    """The step in the name of a checkpoint; None if it has another name."""
+    match = re.fullmatch(r"checkpoint_(\d+)\.pt", path.name)
+    return int(match[1]) if match else None
 
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

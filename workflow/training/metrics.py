@@ -148,9 +148,13 @@ class MetricsLogger(InMemoryLogger):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
 
     def _check_rows(self, file: Path, step: int, logged: Mapping) -> None:
-        """Raises CheckpointError if the first rows are not `logged`; others may follow them."""
+        """Raises CheckpointError if the first rows are not `logged`.
+
+        Only held-out losses, samples and notes of the checkpoint's own step may follow them.
+        """
         before, self.rows = self.rows, self.rows[: logged["rows"]]
-        if self.fingerprint() != logged:
+        added = [row for row in before[logged["rows"] :] if row["step"] < step or "loss" in row]
+        if added or self.fingerprint() != logged:
             what = f"its rows up to step {step} were changed after checkpoint_{step}.pt was saved"
             raise CheckpointError(file, what, "move the file away to start a new log")
         self.rows = before
@@ -212,7 +216,9 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(filter(None, lines), 1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
+            if type(row["step"]) is not int:  # "7" or 7.5 would hide a repeated step
+                raise ValueError("no step")
+            rows.append(row)
             keys = {(row["step"], key, row.get("prompt")) for key in ONCE if key in row}
             if keys & seen:
                 raise ValueError("repeated")

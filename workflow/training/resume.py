@@ -78,6 +78,9 @@ def code_sha256(*more: str) -> str:
     return digest.hexdigest()
 
 
+code_sha256()  # now, because somebody can edit the files while this process runs
+
+
 def environment(device: torch.device, settings: TrainSettings) -> State:
     """What must be equal for a bit-exact resume."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -201,7 +201,8 @@ class Run:
         began = [row for row in self.history if "began" in row]
         before = [row for row in began if row["step"] < first_step]
         after = [row for row in began if row["step"] >= first_step]
-        codes = {row.get("code") for row in before[-1:] + after}
+        lost = [row for row in self.history if "new_log" in row and row["step"] >= first_step]
+        codes = {row.get("code") for row in before[-1:] + after + lost}
         return codes.pop() if len(codes) == 1 else None
 
     def _expected_parts(self) -> dict[str, Any]:
