@@ -84,7 +84,7 @@ def beside(folder: Path, values: Mapping, setting: str) -> Mapping:
 
     def place(name: Any) -> Any:
         with suppress(ValueError):  # what is no path is refused later
-            path = os.path.join(folder, expand(name)) if isinstance(name, str) else ""
+            path = str(folder / expand(name)) if name and isinstance(name, str) else ""
             if path and (key == "cache" or os.path.exists(path)):
                 return path
         return name
