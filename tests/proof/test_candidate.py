@@ -131,6 +131,12 @@ def test_a_mistake_is_named_by_the_logits_if_no_module_can_be_compared(judge):
     assert str(verdict.difference).startswith("logits, after embed_tokens, from position 1 on")
 
 
+def test_nan_is_not_taken_for_dropout(judge):
+    logits = "def logits(model, ids):\n    return model(ids) * float('nan')"
+    verdict = judge(f"{variant()}\n{logits}")
+    assert verdict.mistakes == () and verdict.difference.state == "logits"
+
+
 def test_every_mutation_that_a_state_can_show_has_a_fix():
     assert set(FIXES) == set(m.MUTATIONS) - set(NOT_BY_STATE) | {m.DROPOUT}
 

@@ -118,7 +118,8 @@ class Verdict:
             return f"Candidate {self.name}: the original. {answered} checks passed, {counts}."
         failed = f"{len(failed)} of {answered} checks failed"
         lines = [f"Candidate {self.name}: NOT the original. {failed}, {counts}."]
-        lines.append(f"First difference: {self.difference or 'none in states and logits'}.")
+        other = "not in the states and logits of the first text, see the failed checks"
+        lines.append(f"First difference: {self.difference or other}.")
         if self.mistakes:
             words = "mistake" if len(self.mistakes) == 1 else "mistakes"
             names = " and ".join(f'"{name}"' for name in self.mistakes)
@@ -149,7 +150,8 @@ def judge(file: Path | str, reference: Reference, settings: ProofSettings, text:
     """
     copy, file = load_copy(reference), Path(file)
     if not file.is_file() or file.suffix not in (".py", ".npz"):
-        raise ConfigError(file, "this is not a .py or .npz file", "name your model's file")
+        what = "this is not a .py or .npz file" if file.exists() else "there is no such file"
+        raise ConfigError(file, what, "name your model's file")
     if file.suffix == ".npz":
         inputs = logit_inputs(reference, copy, settings)
         subject = RecordedLogits(file, inputs, reference.config.vocab_size)
@@ -214,8 +216,10 @@ def scan(
 def differs(c: Comparison, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
     """Where two states differ by more than rounding."""
     if name == "logits":
-        return ~((ours - theirs).abs() <= c.limits["logits match"])
-    return difference_by_position(ours, theirs) > c.limits[STATES[0]]
+        wrong = ~((ours - theirs).abs() <= c.limits["logits match"])
+    else:
+        wrong = difference_by_position(ours, theirs) > c.limits[STATES[0]]
+    return wrong & ~(ours.isnan() & theirs.isnan())  # a state with NaN equals itself
 
 
 def first_head(c: Comparison, name: str, wrong: Tensor) -> int | None:
