@@ -161,7 +161,8 @@ def test_a_checkpoint_is_exported_for_transformers(here, refused, trained, proje
     assert "Wrote out: README.md config.json generation_config.json model.safetensors" in printed
     card = (project / "out" / "README.md").read_text()
     assert f"# {trained.parent.name}, 20 steps" in card
-    assert "| started from | random weights with a byte tokenizer |" in card
+    tokenizer = "the tokenizer of random weights with a byte tokenizer"
+    assert f"| started from | tiny with random weights and {tokenizer} |" in card
     ids, (model, _, _) = torch.arange(40)[None], load_model(trained)
     with torch.no_grad():
         exported = AutoModelForCausalLM.from_pretrained(project / "out")

@@ -26,8 +26,8 @@ def test_runs_are_listed_with_what_differs_and_damaged_folders_in_one_line(here,
     values = ([row[key] for row in log if key in row] for key in ("loss", "validation_loss"))
     last = [f"{found[-1]:.4f}" for found in values]
     assert first.split()[3:] == ["tiny", "input.txt", "20", *last, "(the", "first)"]
-    difference = "train.learning_rate 0.003 → 0.0001, train.min_learning_rate 0.0003 → 1e-05"
-    difference += ", run.name auto → other"
+    difference = "train.learning_rate 0.003 → 0.0001, run.name auto → other"
+    difference += ", train.min_learning_rate 0.0003 → 1e-05"
     assert second.startswith("other") and second.endswith(difference)
     found = [problem.partition(": ")[2].split(": ")[0] for problem in problems]
     assert found == [f"runs/{name}" for name in ("empty", "line/metrics.jsonl", "value")]

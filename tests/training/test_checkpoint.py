@@ -19,14 +19,14 @@ def test_an_earlier_version_is_read_with_the_new_names_of_settings(tmp_path, sta
     state["config"] = {"train": train, "profile": "cpu", "run": {"seed": 1, "device": "cpu"}}
     old = state | {"format_version": 2}
     old["digest"] = checkpoint.sha256_of(checkpoint.flatten(old))
-    torch.save(old, tmp_path / "checkpoint_7.pt")
+    torch.save(old, tmp_path / "checkpoint_20.pt")
     expected = {"train": {"steps": 20, "max_grad_norm": 1.0}, "run": {"seed": 1}}
-    assert checkpoint.load(tmp_path / "checkpoint_7.pt")["config"] == expected
+    assert checkpoint.load(tmp_path / "checkpoint_20.pt")["config"] == expected
 
 
 @pytest.mark.parametrize("missing", list(checkpoint.CONTENTS))
 def test_a_checkpoint_with_a_missing_part_is_refused(tmp_path, state, missing):
-    path = tmp_path / "checkpoint_7.pt"
+    path = tmp_path / "checkpoint_20.pt"
     checkpoint.save(path, state)
     contents = torch.load(path, weights_only=True)
     del contents[missing]
@@ -37,16 +37,23 @@ def test_a_checkpoint_with_a_missing_part_is_refused(tmp_path, state, missing):
 
 
 def test_a_changed_value_does_not_match_the_digest(tmp_path, state):
-    path = tmp_path / "checkpoint_7.pt"
+    path = tmp_path / "checkpoint_20.pt"
     checkpoint.save(path, state)
     torch.save(torch.load(path, weights_only=True) | {"data": {"text_sha256": "cd"}}, path)
     with pytest.raises(DamagedError, match="do not match its digest"):
         checkpoint.load(path)
 
 
+def test_a_copy_under_the_name_of_another_step_is_refused(tmp_path, state):
+    checkpoint.save(tmp_path / "checkpoint_20.pt", state)
+    (tmp_path / "checkpoint_20.pt").rename(tmp_path / "checkpoint_80.pt")
+    with pytest.raises(DamagedError, match="it is the checkpoint of step 20"):
+        checkpoint.load(tmp_path / "checkpoint_80.pt")
+
+
 def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, state, monkeypatch):
     state["model"]["model.norm.weight"][4] = float("inf")
-    path = tmp_path / "checkpoint_7.pt"
+    path = tmp_path / "checkpoint_20.pt"
     with pytest.raises(NonFiniteError, match=r"norm\.weight is not finite at step 20, nothing is"):
         checkpoint.save(path, state)
     assert not path.exists()
@@ -58,7 +65,7 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded(tmp_path, stat
 
 
 def test_an_unknown_format_version_is_refused_instead_of_a_new_start(tmp_path, state):
-    checkpoint.save(tmp_path / "checkpoint_7.pt", state | {"format_version": 99})
+    checkpoint.save(tmp_path / "checkpoint_20.pt", state | {"format_version": 99})
     with pytest.raises(CheckpointError, match="its format is version 99"):
         checkpoint.load_newest(tmp_path)
 

@@ -246,7 +246,6 @@ def test_a_damaged_checkpoint_is_skipped_and_written_again(config, reference, co
 @pytest.mark.parametrize(
     "change",
     [
-        lambda state: state.update(step=19, log=None),
         lambda state: state["optimizer"]["state"][0]["exp_avg"].zero_(),
         lambda state: state["optimizer"]["state"][0]["exp_avg_sq"].mul_(2),
         lambda state: state["optimizer"]["state"][0]["step"].zero_(),
@@ -350,6 +349,12 @@ def test_a_log_that_was_changed_since_the_checkpoint_is_refused(config, referenc
     text = file.read_text()
     file.write_text(text.replace('"loss": 5.', '"loss": 4.', 1))
     with pytest.raises(CheckpointError, match=r"its rows up to step 10 were changed after check"):
+        opened(config, reference)
+    file.write_text(text + '{"step": 7, "validation_loss": 0.1}\n')
+    with pytest.raises(CheckpointError, match=r"its rows up to step 10 were changed after check"):
+        opened(config, reference)
+    file.write_text(text + '{"step": "7", "loss": 0.1}\n')
+    with pytest.raises(CheckpointError, match=r"line \d+ is damaged"):
         opened(config, reference)
     file.unlink()
     for words in (f"Note: {file} is missing: a new log starts at step 10", "resuming from"):

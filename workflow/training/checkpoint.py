@@ -60,8 +60,6 @@ FILE_KINDS = (  # of files that are no archives: how they start, and a descripti
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` atomically. After NonFiniteError or DiskError, an older file is unchanged."""
-    if step_in(path) not in (None, state["step"]):  # a copy over another checkpoint
-        raise DamagedError(path, f"it is the checkpoint of step {state['step']}", "rename it")
     if names := non_finite_tensors(state):
         what = f"{names[0]} is not finite at step {state['step']}, nothing is saved"
         raise NonFiniteError(path, what, "lower train.learning_rate")
@@ -116,6 +114,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(path, what, "it cannot be resumed, choose another file")
     if state.pop("digest") != sha256_of(flatten(state)):
         raise DamagedError(path, "its contents do not match its digest", "choose another file")
+    if step_in(path) not in (None, state["step"]):  # a copy over another checkpoint
+        raise DamagedError(path, f"it is the checkpoint of step {state['step']}", "rename it")
     if names := non_finite_tensors(state):
         raise CheckpointError(path, f"{names[0]} contains NaN or inf", "choose an older one")
     settings = state["config"].get("train", {})
