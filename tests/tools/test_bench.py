@@ -104,6 +104,6 @@ def test_phases_of_a_step_are_its_parts(here, monkeypatch):
 def test_the_report_has_date_machine_versions_and_rows(here):
     code, out, err = here("bench", "--rounds", "2", "--only", "greedy generation, 1")
     assert code == 0, err
-    assert re.search(r"\n20\d\d-\d\d-\d\d; .* threads; float32\ntorch 2\.", out)
+    assert re.match(r"20\d\d-\d\d-\d\d; .* threads; float32\ntorch 2\.", out)
     rows = re.findall(r"^\| greedy generation, 1 × 128 tokens.*\(.* to .*\)", out, re.MULTILINE)
     assert len(rows) == 2
