@@ -61,9 +61,8 @@ def verify(arguments: Namespace) -> int:
     """Check that the copy equals the original; or check your own model.
 
     Each check has a value and a bound. The exit code is 1 if a check fails.
-    --candidate executes a file that builds a model, gives this model the original's
-    weights, and says where it first differs, and which known mistake that is. See
-    docs/how-to.md.
+    --candidate executes a file that builds a model, gives it the original's
+    weights, and says where it first differs and which mistake that is (how-to.md).
 
     example:
       python main.py verify --candidate docs/examples/wrong_model.py --quick
@@ -127,7 +126,8 @@ def train(arguments: Namespace) -> None:
         corpus = load_corpus(config, tokenizer, reference.end_of_text)
     run = training.open_run(config, reference, corpus, arguments.out)
     train_until(config.train.steps, run, config)
-    print(f"Steps up to {config.last_step}: main.py resume {run.directory.folder}")
+    if run.global_step < config.last_step:
+        print(f"Steps up to {config.last_step}: main.py resume {run.directory.folder}")
 
 
 def resume(arguments: Namespace) -> None:
