@@ -120,6 +120,9 @@ def test_a_mistake_is_found_and_named(options, mistakes, place, position, judge)
     assert "NOT the original" in str(verdict)
     assert str(verdict.difference).startswith(f"{place}, from position {position}")
     assert verdict.mistakes == mistakes
+    skipped = {check.name: check.detail for check in verdict.checks if check.passed is None}
+    for name in ("gradients match", "greedy tokens match"):  # they would show nothing new
+        assert skipped[name] == "its logits differ already"
     assert verdict.only == (bool(mistakes) and mistakes != (m.DROPOUT,))
     assert ("No known mistake gives this state." in str(verdict)) == (not mistakes)
 

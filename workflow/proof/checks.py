@@ -90,6 +90,7 @@ def run_checks(comparison: Comparison) -> Iterator[Check]:
         yield from weight_checks(subject, reference, reference.stored_weights())
         yield from tokenizer_check(subject, reference, c.text, all_ids)
         yield from forward_pass_checks(subject, c.theirs, c.ids, c.limits)
+        yield from loss_check(c)
         yield from eager_check(c)
     yield from gradient_check(c)
     with torch.no_grad():
@@ -141,11 +142,11 @@ def tokenizer_check(
     yield Check("text survives encode and decode", wrong, f"of {len(text)} characters differ")
 
 
-@answers(*STATES, "logits match", "loss matches")
+@answers(*STATES, "logits match")
 def forward_pass_checks(
     subject: Compared, theirs: Mapping[str, Tensor], ids: Tensor, limits: Mapping[str, float]
 ) -> Iterator[Check]:
-    """Every state from ids (1, T) to the loss. theirs: of the original. limits: other bounds."""
+    """Every state from ids (1, T) to the logits. theirs: of the original. limits: other bounds."""
     names = [name for name in theirs if name not in ("logits", "loss")]
     ours, difference = subject.states(ids, names), states.relative_difference_by_position
     logits = max_difference(ours.pop("logits"), theirs["logits"])
@@ -159,10 +160,17 @@ def forward_pass_checks(
         yield max_check(name, found, limits.get(name))
     detail = f"{ids.shape[1]} tokens; transformers with SDPA attention"
     yield Check("logits match", logits, detail, limit=limits.get("logits match"))
-    loss, their_loss = subject.loss(ids).item(), theirs["loss"].item()
-    detail = f"ours {loss:.6f}, transformers' {their_loss:.6f} nats per token"
-    difference = abs(loss - their_loss)
-    yield Check("loss matches", difference, detail, limit=limits.get("loss matches"))
+
+
+@answers("loss matches")
+def loss_check(c: Comparison) -> Iterator[Check]:
+    loss, theirs = c.subject.loss(c.ids).item(), c.theirs["loss"].item()
+    yield compare_losses(loss, theirs, c.limits.get("loss matches"))
+
+
+def compare_losses(loss: float, theirs: float, limit: float | None = None) -> Check:
+    detail = f"ours {loss:.6f}, transformers' {theirs:.6f} nats per token"
+    return Check("loss matches", abs(loss - theirs), detail, limit=limit)
 
 
 @answers("distance to eager attention")
@@ -195,6 +203,7 @@ def ratio_check(
 @answers("gradients match")
 def gradient_check(c: Comparison) -> Iterator[Check]:
     """The gradient of every parameter, before clipping."""
+    c.require_same_logits()
     name, difference, limit = "gradients match", states.relative_difference, None
     ours, theirs = c.subject.gradients(c.ids), c.original.gradients(c.ids)
     if not c.subject.same_order:
@@ -213,6 +222,7 @@ def generation_checks(c: Comparison) -> Iterator[Check]:
     gets the text of our copy, and must have the same largest logits; but rounding may change it
     where transformers' best two logits are close.
     """
+    c.require_same_logits()
     ours = c.subject.same_order
     differing, first, parts, limits = 0, "", {}, c.limits
     close = 2 * limits.get("logits match", 0.0)  # both logits may be off
@@ -293,6 +303,7 @@ def long_text_checks(c: Comparison, ids: Tensor) -> Iterator[Check]:
 
 @answers("logits match, 2048 tokens", "distance to eager, 2048 tokens")
 def checks_of_2048_tokens(c: Comparison, ids: Tensor) -> Iterator[Check]:
+    c.require_same_logits()
     name, detail = "logits match, 2048 tokens", f"{ids.shape[1]} tokens; transformers with SDPA"
     logits, sdpa = c.subject.logits(ids), c.original.logits(ids)
     with c.original.eager():

@@ -233,6 +233,20 @@ class Comparison:
             return self.original.states(self.ids, self.names)
 
     @cached_property
+    @torch.no_grad()
+    def logits_differ(self) -> bool:
+        """Whether somebody else's model gives other logits for `ids`, by more than rounding."""
+        if self.subject.same_order:
+            return False
+        difference = max_difference(self.subject.logits(self.ids), self.theirs["logits"])
+        return not difference <= self.limits["logits match"]  # NaN differs
+
+    def require_same_logits(self) -> None:
+        """Raises Lacks if the logits differ: gradients and longer texts would show nothing new."""
+        if self.logits_differ:
+            raise Lacks("its logits differ already")
+
+    @cached_property
     def limits(self) -> dict[str, float]:
         """Bounds for rounding, by check; none if the model adds in the original's order."""
         if self.subject.same_order:

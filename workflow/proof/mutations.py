@@ -16,7 +16,12 @@ from workflow.analysis.states import state_names
 from workflow.config import Config
 from workflow.data import Corpus, batch_at, load_corpus, local_source
 from workflow.files import write_text_atomic
-from workflow.proof.checks import config_check, forward_pass_checks, weight_checks
+from workflow.proof.checks import (
+    compare_losses,
+    config_check,
+    forward_pass_checks,
+    weight_checks,
+)
 from workflow.proof.compared import Original, OurModel
 from workflow.proof.mistakes import BASELINE, MUTATIONS, RANDOM_HEAD, SHIFTED_TWICE, mutations_of
 from workflow.reference import Reference
@@ -67,6 +72,7 @@ def check_mutation(
         found = [*config_check(subject, reference), *weight_checks(subject, reference, stored)]
         found += forward_pass_checks(subject, theirs, ids, {})
         loss = subject.loss(ids).item()
+    found.append(compare_losses(loss, theirs["loss"].item()))
     checks = {check.name: check for check in found}
     logit_error = checks["logits match"].value
     layer_errors = list(checks["hidden states match, layer by layer"].parts.values())
