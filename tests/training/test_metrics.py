@@ -47,7 +47,7 @@ def test_a_start_at_step_0_has_an_empty_log_and_keeps_the_old_one(tmp_path):
     assert kept.read_text().endswith('{"step": 1, "loss": 2.0}\n')
 
 
-def test_tensorboard_shows_histograms_and_the_config(tmp_path):
+def test_tensorboard_shows_histograms_the_config_and_both_losses_in_one_chart(tmp_path):
     logger, model = MetricsLogger(tmp_path, 0, *PROVENANCE_AND_SETTINGS), nn.Linear(30, 20)
     model.register_parameter("large", nn.Parameter(torch.linspace(0, 1, 2**19)))
     nn.init.zeros_(model.bias)  # all values the same
@@ -65,6 +65,9 @@ def test_tensorboard_shows_histograms_and_the_config(tmp_path):
     assert sample.histogram_value.sum / sample.histogram_value.num == pytest.approx(0.5, abs=1e-3)
     (config,) = events.Tensors("config/text_summary")
     assert b'"seed": 1' in config.tensor_proto.string_val[0]
+    (charts,) = events.Tensors("custom_scalars__config__")
+    for name in (b"loss/train", b"loss/validation"):
+        assert name in charts.tensor_proto.string_val[0]
 
 
 def test_a_partial_last_line_of_a_kill_is_ignored_and_a_damaged_one_is_refused(tmp_path):

@@ -317,6 +317,8 @@ def test_the_smoke_test_starts_at_the_loss_of_the_original_and_is_exact(config, 
     assert test.exact
     assert smoke_test(config, reference, corpus).logged == test.logged
     assert not list(config.paths.checkpoints.glob("*smoke-test*"))
+    (folder,) = config.paths.runs.glob("*smoke-test*")
+    assert not list(folder.glob("events*"))  # TensorBoard shows only runs
 
 
 def test_a_smoke_test_of_other_code_or_with_a_difference_is_repeated(

@@ -37,6 +37,7 @@ RENAMED_KEYS = {
     "text": "fallback_text",
     "wikitext": "wikitext_file",
 }
+SMOKE_TEST = "-smoke-test"  # the end of its profile's name
 # These do not change the numbers of a run: they may change between start and resume.
 TABLES_NOT_OF_RUN = ("paths", "models", "reference", "proof", "mutations", "smoke_test")
 TABLES_NOT_OF_RUN += ("evaluation", "sample", "profile")
@@ -287,8 +288,12 @@ class Config(Section):
         model = {"model": None, "init": "reference", "compile": False}
         train = self.train.model_copy(update=steps | batch | model)
         run = self.run.model_copy(update={"name": "auto"})
-        name = f"{self.profile}-smoke-test"
+        name = f"{self.profile}{SMOKE_TEST}"
         return self.model_copy(update={"profile": name, "train": train, "run": run})
+
+    @property
+    def is_smoke_test(self) -> bool:
+        return self.profile.endswith(SMOKE_TEST)
 
     def header(self) -> str:
         """What every command shows: profile and model."""

@@ -25,8 +25,16 @@ from workflow.training.resume import code_sha256
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
 METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "settings.yaml"  # in the folder of a run
 ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once in a log
-# TensorBoard's names of values; the other values have the same name there
-TENSORBOARD_TAGS = {"loss": "loss/train", "validation_loss": "loss/validation"}
+TENSORBOARD_TAGS = {  # TensorBoard's names of values; it shows the groups in alphabetical order
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "learning_rate": "optimizer/learning_rate",
+    "gradient_norm": "optimizer/gradient_norm",
+    "tokens_per_second": "speed/tokens_per_second",
+    "flops_utilisation": "speed/flops_utilisation",
+}
+LOSSES = ["Multiline", [TENSORBOARD_TAGS["loss"], TENSORBOARD_TAGS["validation_loss"]]]
+CHARTS = {"loss": {"training and held-out": LOSSES}}  # several values in one chart
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,8 @@ class MetricsLogger(InMemoryLogger):
     """Also writes the rows to metrics.jsonl and TensorBoard. Rows after `step` are removed first.
 
     provenance: of weights and text, written to provenance.json. settings: shown in TensorBoard.
-    logged: the `fingerprint` in the checkpoint of `step`, if it has one. Raises DiskError, or
-    CheckpointError if rows were changed since that checkpoint.
+    logged: the `fingerprint` in the checkpoint of `step`, if it has one. tensorboard: whether to
+    write its files. Raises DiskError; CheckpointError if rows were changed since that checkpoint.
     """
 
     def __init__(
@@ -120,6 +128,7 @@ class MetricsLogger(InMemoryLogger):
         provenance: Mapping,
         settings: Mapping,
         logged: Mapping | None = None,
+        tensorboard: bool = True,
     ):
         self.folder, file = folder, folder / METRICS_FILE
         self._start_time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -142,8 +151,9 @@ class MetricsLogger(InMemoryLogger):
             text = json.dumps(provenance, indent=1) + "\n"
             write_text_atomic(folder / "provenance.json", text, FOLDER_KEY)
             self._file = open(file, "ab", buffering=0)  # unbuffered: a kill loses no row
-            self._board = summary_writer(folder, step)
-            if not step:
+            self._board = summary_writer(folder, step) if tensorboard else None
+            if self._board and not step:
+                self._board.add_custom_scalars(CHARTS)
                 for tag, values in (("provenance", provenance), ("config", settings)):
                     self._board.add_text(tag, f"```\n{json.dumps(values, indent=1)}\n```", 0)
 
@@ -167,14 +177,16 @@ class MetricsLogger(InMemoryLogger):
         super().log(row)
         with disk_errors(self.folder, FOLDER_KEY):
             self._file.write((json.dumps(row) + "\n").encode())
-            for key, value in row.items():
-                if isinstance(value, float):
-                    self._board.add_scalar(TENSORBOARD_TAGS.get(key, key), value, row["step"])
-            if "sample" in row:
-                self._board.add_text("sample", row["sample"], row["step"])
+            if self._board:
+                for key in TENSORBOARD_TAGS.keys() & row:
+                    self._board.add_scalar(TENSORBOARD_TAGS[key], row[key], row["step"])
+                if "sample" in row:
+                    self._board.add_text("sample", row["sample"], row["step"])
 
     def log_histograms(self, step: int, model: nn.Module) -> None:
         """Shows weights and gradients in TensorBoard: of a large tensor, a regular sample."""
+        if not self._board:
+            return
         with disk_errors(self.folder, FOLDER_KEY):
             for name, parameter in model.named_parameters():
                 for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
@@ -187,12 +199,14 @@ class MetricsLogger(InMemoryLogger):
         if not self._file.closed:
             with disk_errors(self.folder, FOLDER_KEY):
                 os.fsync(self._file.fileno())
-                self._board.flush()
+                if self._board:
+                    self._board.flush()
 
     def close(self) -> None:
         self._file.close()
-        with disk_errors(self.folder, FOLDER_KEY):
-            self._board.close()
+        if self._board:
+            with disk_errors(self.folder, FOLDER_KEY):
+                self._board.close()
 
 
 def summary_writer(folder: Path, step: int) -> SummaryWriter:

@@ -228,7 +228,10 @@ class Run:
     def _open_logger(self, logged: dict[str, Any] | None) -> MetricsLogger:
         provenance = self.provenance | self.corpus.fingerprint
         settings = self.config.settings_of_run()
-        logger = MetricsLogger(self.folder, self.global_step, provenance, settings, logged)
+        tensorboard = not self.config.is_smoke_test  # its few points would hide the curves of runs
+        logger = MetricsLogger(
+            self.folder, self.global_step, provenance, settings, logged, tensorboard
+        )
         if not self.global_step:
             (self.folder / UNINTERRUPTED_FILE).unlink(missing_ok=True)
         in_force = dump_yaml(self.config.values_in_force())
