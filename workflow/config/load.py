@@ -46,8 +46,7 @@ def load_config(
         fix = "unset PYTHONOPTIMIZE, and run python without -O"
         raise WorkflowError("python", "assert is off, so claims would not be checked", fix)
     path, saved = Path(path or project_file(CONFIG)), saved or {}
-    values, given = read_yaml(path), words_given(overrides)
-    changes, causes = parse_overrides(given)
+    values, (changes, causes) = read_yaml(path), parse_overrides(overrides)
     profiles = values.pop("profiles", None)
     profiles = profiles if isinstance(profiles, dict) else {}
     check_tables(merge(merge(values, saved), changes), path, causes)
@@ -63,7 +62,8 @@ def load_config(
         values = beside(path.parent, values, setting)
     if os.environ.get("FRESH") == "1":
         values["name_suffix"] = time.strftime("-%Y%m%d-%H%M%S")
-    shown = {"profile_keys": keys, "overrides": [override for _, override in given]}
+    shown = {"profile_keys": keys}
+    shown["overrides"] = [cause.partition(" ")[2] for cause in causes.values()]
     return validate(merge(values, changes) | shown, path, causes)
 
 
@@ -180,16 +180,12 @@ def merge(base: Any, changes: Any) -> Any:
     return base | {key: merge(base.get(key), value) for key, value in changes.items()}
 
 
-def words_given(overrides: Sequence[str]) -> list[tuple[str, str]]:
-    """The overrides of SMOLLM_SET, then those of the argument, each as (place, words)."""
+def parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """SMOLLM_SET, then `overrides`, as one table; for each key, the place and words that set it."""
     with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
         environment = shlex.split(os.environ.get(OVERRIDES_VARIABLE, ""))
     given = [(OVERRIDES_VARIABLE, override) for override in environment]
-    return given + [("--set", override) for override in overrides]
-
-
-def parse_overrides(given: list[tuple[str, str]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """All overrides as one table, and for each key the words that set it. given: `words_given`."""
+    given += [("--set", override) for override in overrides]
     changes, causes = {}, {}
     for place, override in given:
         key, change = parse_override(override, f"{place} {override}")
