@@ -197,13 +197,14 @@ def test_a_run_is_resumed_through_links(here, trained, project):
     [
         (2, ["train", "--set", "train.stepz=1"], "no such key; did you mean train.steps?"),
         (2, ["train", "--set", "sample.new_tokens=500"], "500 tokens after 17 of sample.prompt do"),
-        (2, ["train", "--profile", "huge"], "profile 'huge'; choose one of full, cpu, pretrain"),
+        (2, ["train", "--profile", "huge"], "--profile huge: there is no profile 'huge'; choose"),
+        (2, ["train", "--steps", "60"], "--steps 60; for a setting, type --set train.steps=60; fo"),
         (2, ["train", "--set", "data.source=absent.txt"], "absent.txt: there is no such file"),
         (2, ["train", "--set", "data.source=short.txt"], "train on, one sequence needs 33"),
         (5, ["train", "--set", "reference.source=absent"], "absent: there is no config.json"),
         (4, ["train", "--set", "train.learning_rate=1e30"], "lower train.learning_rate"),
-        (3, ["resume", "runs"], "no checkpoint in this folder"),
-        (3, ["resume", "absent.pt"], "there is no such file"),
+        (2, ["resume", "runs"], "no checkpoint in this folder"),
+        (2, ["resume", "absent.pt"], "there is no such file"),
         (2, ["generate", ""], "the prompt is empty, give at least one token; change the prompt"),
         (2, ["generate", "x", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
         (2, ["generate", "x", "--tokens", "600"], "do not fit: the context is 512, the prompt 1"),
@@ -231,6 +232,13 @@ def test_bad_input_is_one_line_and_a_code(refused, project, code, arguments, wor
     (project / "runs").mkdir()
     assert words in refused(code, *arguments)
     assert checkpoints(project) == {}
+
+
+def test_a_text_file_may_have_its_suffix_in_capitals(here, project):
+    (project / "input.txt").rename(project / "Valid.TXT")
+    source = "data.source=Valid.TXT", "data.fallback_text=Valid.TXT"
+    code, _, notes = here("train", settings=(*SHORT, *source, "evaluation.texts=Valid.TXT"))
+    assert code == 0 and "Data: Valid.TXT, " in notes
 
 
 def test_no_command_starts_if_assert_is_off(command):

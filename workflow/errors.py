@@ -39,6 +39,12 @@ class DamagedError(CheckpointError):
     """The checkpoint file changed after it was written. An older checkpoint can be used."""
 
 
+class MissingError(CheckpointError):
+    """There is no checkpoint with this name: a wrong word, not a wrong file."""
+
+    exit_code = 2
+
+
 class ForeignError(CheckpointError):
     """A valid torch file from another program. `weights`: the weights in it, or None."""
 

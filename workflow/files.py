@@ -8,12 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
 from workflow.errors import BusyError, DiskError
+
+if TYPE_CHECKING:
+    import torch
 
 DAY = 86_400.0  # seconds
 PROJECT = Path(__file__).resolve().parent.parent  # the folder of the code
@@ -122,6 +124,8 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
 
 def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
     """One hash of all names and values. A tensor counts with its dtype, shape and bytes."""
+    import torch  # takes seconds, and the settings are read without it
+
     digest = hashlib.sha256()
     for name, value in values:
         if isinstance(value, torch.Tensor):
@@ -133,6 +137,6 @@ def sha256_of(values: Iterable[tuple[str, Any]]) -> str:
     return digest.hexdigest()
 
 
-def weights_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+def weights_sha256(tensors: Mapping[str, "torch.Tensor"]) -> str:
     """The hash of a set of weights; the order does not matter."""
     return sha256_of(sorted(tensors.items()))

@@ -11,6 +11,7 @@ ROWS = [
     {"step": step, "loss": 5 - step / 50, "learning_rate": 0.1, "gradient_norm": 1.0 + step}
     for step in range(1, 121)
 ] + [{"step": step, "validation_loss": 5.0} for step in (0, 60, 120)]
+LINES = ("training, mean of 4", "held out")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +35,13 @@ def test_training_curves_show_losses_resume_baselines_and_differences(figures):
     for line in (loss.lines[2], difference.lines[0]):
         assert list(line.get_xdata()) == list(range(101, 121))
     assert all(axes.get_ylabel() for axes in figure.axes)
+
+
+def test_runs_of_different_lengths_have_the_same_moving_average(figures):
+    (axes,) = figures.compared_losses({"short": ROWS[:40], "long": ROWS}).axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels == [f"{run}: {kind}" for run in ("short", "long") for kind in LINES]
+    assert axes.lines[4].get_ydata()[-1] == pytest.approx(5 - 118.5 / 50)  # steps 117 to 120
 
 
 def test_lines_by_layer_can_be_read_without_colours(figures):

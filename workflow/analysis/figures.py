@@ -79,13 +79,17 @@ def plot_losses(axes: Axes, rows: Rows, resumed_at: int) -> None:
 
 
 def compared_losses(runs: Mapping[str, Rows]) -> Figure:
-    """The losses of some runs by step: training as lines, held out as markers."""
+    """The losses of some runs by step: training as lines, held out as markers.
+
+    All have the moving average of the shortest, so that their lines can be compared.
+    """
     figure = Figure(5)
     axes = figure.subplots()
+    shortest = min(len(values_by_step(rows, "loss")) for rows in runs.values())
+    count = max(min(SMOOTHING, shortest // 10), 1)
     looks = zip(("tab:blue", "tab:red", "0.4"), ("-", "--", ":"), "os^")
     for (name, rows), (color, style, marker) in zip(runs.items(), looks):
         losses, held_out = (values_by_step(rows, key) for key in ("loss", "validation_loss"))
-        count = max(min(SMOOTHING, len(losses) // 10), 1)
         mean = losses.rolling(count, min_periods=1).mean()
         axes.plot(losses, color=color, linewidth=0.5, alpha=0.3)
         axes.plot(mean, style, color=color, label=f"{name}: training, mean of {count}")

@@ -3,8 +3,6 @@
 import difflib
 from collections.abc import Iterator
 
-import torch
-
 
 def problem(config) -> str | None:
     """The first problem of a `Config`, as `WHAT` or `WHAT; HOW to fix it`; None if there is none.
@@ -39,6 +37,8 @@ def model_problem(config) -> str | None:
 
 def device_problem(device: str) -> str | None:
     """device: `run.device`."""
+    import torch  # takes seconds, and only this function needs it
+
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         return f"run.device is {device}, but torch finds no CUDA GPU here"

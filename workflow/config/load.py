@@ -13,11 +13,9 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from torch.torch_version import TorchVersion
 
 from workflow.config.settings import RENAMED_KEYS, Config, expand
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
@@ -47,34 +45,35 @@ def load_config(
     if not __debug__:
         fix = "unset PYTHONOPTIMIZE, and run python without -O"
         raise WorkflowError("python", "assert is off, so claims would not be checked", fix)
-    if TorchVersion(torch.__version__) < (2, 10):
-        what = "before 2.10, torch.load can run code from a file (CVE-2026-24747)"
-        raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
-    path = Path(path or project_file(CONFIG))
-    values = read_yaml(path)
+    path, saved = Path(path or project_file(CONFIG)), saved or {}
+    values, (changes, causes) = read_yaml(path), parse_overrides(overrides)
     profiles = values.pop("profiles", None)
     profiles = profiles if isinstance(profiles, dict) else {}
-    saved = saved or {}
-    name, reason = choose_profile(profile, str(values.get("profile", "auto")), saved)
+    check_tables(merge(merge(values, saved), changes), path, causes)
+    name, reason, place = choose_profile(profile, str(values.get("profile", "auto")), saved)
     if not isinstance(profiles.get(name, {} if saved else "absent"), dict | None):
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
-        raise ConfigError(path, f"there is no profile {name!r}", fix)
-    changes = profiles.get(name) or {}
-    keys = () if saved else list(changed_keys(values, changes))
-    values = merge(merge(values, changes), saved) | {"profile": name, "profile_reason": reason}
-    values["profile_keys"] = keys
+        raise ConfigError(place or path, f"there is no profile {name!r}", fix)
+    check_torch()
+    of_profile = profiles.get(name) or {}
+    keys = () if saved else list(changed_keys(values, of_profile))
+    values = merge(merge(values, of_profile), saved) | {"profile": name, "profile_reason": reason}
     for setting in INPUTS:
         values = beside(path.parent, values, setting)
     if os.environ.get("FRESH") == "1":
         values["name_suffix"] = time.strftime("-%Y%m%d-%H%M%S")
-    with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
-        from_environment = shlex.split(os.environ.get(OVERRIDES_VARIABLE, ""))
-    causes = {}  # key -> the words that set it
-    for place, given in ((OVERRIDES_VARIABLE, from_environment), ("--set", overrides)):
-        for override in given:
-            key, change = parse_override(override, f"{place} {override}")
-            values, causes[key] = merge(values, change), f"{place} {override}"
-    return validate(values | {"overrides": [*from_environment, *overrides]}, path, causes)
+    shown = {"profile_keys": keys}
+    shown["overrides"] = [cause.partition(" ")[2] for cause in causes.values()]
+    return validate(merge(values, changes) | shown, path, causes)
+
+
+def check_torch() -> None:
+    import torch
+    from torch.torch_version import TorchVersion
+
+    if TorchVersion(torch.__version__) < (2, 10):
+        what = "before 2.10, torch.load can run code from a file (CVE-2026-24747)"
+        raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
 
 
 def beside(folder: Path, values: Mapping, setting: str) -> Mapping:
@@ -149,8 +148,8 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[str, str]:
-    """The profile and the reason for it.
+def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[str, str, str]:
+    """The profile, the reason for it, and what named it, or "" for the file.
 
     That of a run stays. Otherwise the argument is first, then the environment, the file.
     """
@@ -158,15 +157,20 @@ def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[
         if argument not in (None, "auto", name):
             what, fix = f"this run has the profile {name}", "omit it; change settings with --set"
             raise ConfigError(f"--profile {argument}", what, fix)
-        return name, "settings from the checkpoint"
-    environment = os.environ.get(PROFILE_VARIABLE), f"set by {PROFILE_VARIABLE}"
-    for name, reason in (argument, "as requested"), environment, (in_file, "set in the YAML"):
+        return name, "settings from the checkpoint", ""
+    for name, reason, place in (
+        (argument, "as requested", f"--profile {argument}"),
+        (os.environ.get(PROFILE_VARIABLE), f"set by {PROFILE_VARIABLE}", PROFILE_VARIABLE),
+        (in_file, "set in the YAML", ""),
+    ):
         if name and name != "auto":
-            return name, reason
+            return name, reason, place
+    import torch  # takes seconds
+
     has_gpu = torch.cuda.is_available()
     reason = "a CUDA GPU was found" if has_gpu else "no CUDA GPU was found"
     how = f"to choose another: `make run PROFILE=cpu` or {PROFILE_VARIABLE}=cpu"
-    return ("full" if has_gpu else "quick"), f"{reason}; {how}"
+    return ("full" if has_gpu else "quick"), f"{reason}; {how}", ""
 
 
 def merge(base: Any, changes: Any) -> Any:
@@ -174,6 +178,19 @@ def merge(base: Any, changes: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(changes, dict):
         return changes
     return base | {key: merge(base.get(key), value) for key, value in changes.items()}
+
+
+def parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """SMOLLM_SET, then `overrides`, as one table; for each key, the place and words that set it."""
+    with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
+        environment = shlex.split(os.environ.get(OVERRIDES_VARIABLE, ""))
+    given = [(OVERRIDES_VARIABLE, override) for override in environment]
+    given += [("--set", override) for override in overrides]
+    changes, causes = {}, {}
+    for place, override in given:
+        key, change = parse_override(override, f"{place} {override}")
+        changes, causes[key] = merge(changes, change), f"{place} {override}"
+    return changes, causes
 
 
 def parse_override(override: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -213,22 +230,37 @@ def type_at(keys: Sequence[str]) -> Any:
         else:
             tables = [part for part in (kind, *get_args(kind)) if isinstance(part, type)]
             kind = get_type_hints(tables[0]).get(key) if tables else None
+        if kind is Any:  # `architecture`, whose class needs torch
+            from SmolLm3 import ModelConfig
+
+            kind = ModelConfig
     return kind
 
 
-def validate(values: dict[str, Any], path: str | Path, causes: Mapping[str, str]) -> Config:
+def check_tables(values: Mapping[str, Any], path: Path, causes: Mapping[str, str]) -> None:
+    """Refuses what is wrong outside `models:`, which needs torch, whose import takes seconds."""
+    tables = {key: table for key, table in values.items() if key not in ("models", "profile")}
+    validate(tables, path, causes, complete=False)  # the profile can add what is missing
+
+
+def validate(
+    values: dict[str, Any], path: str | Path, causes: Mapping[str, str], complete: bool = True
+) -> Config | None:
     """Checks the settings with pydantic. Its first error becomes a ConfigError.
 
-    causes: key -> the override that set it.
+    causes: key -> the override that set it. complete: whether a missing key is an error.
     """
     with one_line_errors(path, "use text as keys, and no table that contains itself"):
         text = json.dumps(values, default=str)  # from JSON, pydantic accepts a list as a tuple
     try:
         return Config.model_validate_json(text)
     except ValidationError as error:
-        # an unknown key is shown first: it is probably a misspelt missing key
-        unknown = ("extra_forbidden", "unexpected_keyword_argument")
-        first = sorted(error.errors(), key=lambda e: e["type"] not in unknown)[0]
+        errors = [e for e in error.errors() if complete or e["type"] != "missing"]
+    if not errors:
+        return None
+    # an unknown key is shown first: it is probably a misspelt missing key
+    unknown = ("extra_forbidden", "unexpected_keyword_argument")
+    first = sorted(errors, key=lambda e: e["type"] not in unknown)[0]
     keys, kind = [str(key) for key in first["loc"]], first["type"]
     if kind in unknown:
         near = similar_key(keys, values)

@@ -6,23 +6,29 @@ import os
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import torch
 from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
     NonNegativeFloat,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from SmolLm3 import ModelConfig
 from workflow.config.consistency import problem
+
+# torch takes seconds to import, which an error in a setting should not: see `check_tables`.
+if TYPE_CHECKING:
+    import torch
+
+    from SmolLm3 import ModelConfig
 
 # Old key -> new key: for checkpoints of version 2, and for "did you mean" in an error.
 RENAMED_KEYS = {
@@ -56,7 +62,6 @@ SHARES = {
     "decay_steps": ("schedule_steps",),
 }
 STRICT = {"extra": "forbid", "frozen": True, "strict": True, "allow_inf_nan": False}
-ModelConfig.__pydantic_config__ = STRICT  # pydantic also validates ModelConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 StepCount = Annotated[int, Field(ge=0)]
@@ -69,6 +74,16 @@ def expand(path: Any) -> Any:
     if path == "":
         raise ValueError("it is empty; write a path, for example . for this folder")
     return os.path.expandvars(os.path.expanduser(path)) if isinstance(path, str) else path
+
+
+def to_architecture(values: Any) -> "ModelConfig":
+    """Checks the table `architecture` as pydantic checks the others."""
+    from SmolLm3 import ModelConfig
+
+    if isinstance(values, ModelConfig):
+        return values
+    ModelConfig.__pydantic_config__ = STRICT
+    return TypeAdapter(ModelConfig).validate_json(json.dumps(values))
 
 
 UserPath = Annotated[Path, BeforeValidator(expand)]
@@ -95,7 +110,7 @@ class ModelEntry(Section):
     hub_id: str | None = None
     revision: str = "main"  # a commit, or a branch or tag, which can change
     wheel: Wheel | None = None
-    architecture: ModelConfig
+    architecture: Annotated[Any, PlainValidator(to_architecture)]  # a ModelConfig
 
 
 class ReferenceSettings(Section):
@@ -244,7 +259,7 @@ class Config(Section):
         return self.train.model or self.model
 
     @property
-    def train_architecture(self) -> ModelConfig:
+    def train_architecture(self) -> "ModelConfig":
         return self.models[self.train_model].architecture
 
     @property
@@ -252,7 +267,9 @@ class Config(Section):
         return self.train.steps + self.train.resume_steps
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> "torch.device":
+        import torch
+
         default = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(default if self.run.device == "auto" else self.run.device)
 

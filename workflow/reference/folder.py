@@ -10,12 +10,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from SmolLm3 import ALLOWED_HF_VALUES, SCALING, LlamaModel, ModelConfig, load_hf_weights
+from SmolLm3 import (
+    ALLOWED_HF_VALUES,
+    SCALING,
+    LlamaModel,
+    ModelConfig,
+    hf_name,
+    load_hf_weights,
+)
 from workflow.errors import SourceError
 
 LFS_POINTER = b"version https://git-lfs"
@@ -144,20 +152,44 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def check_weights(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> None:
-    """Raises SourceError, with the first names, if they are not finite, or not `LlamaModel`'s."""
+def check_weights(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path) -> LlamaModel:
+    """Raises SourceError, with the first names, if they are not finite, or not `LlamaModel`'s.
+
+    Returns a model on the device `meta`: its weights have shapes, but no values and no memory.
+    """
     problems = [
         f"{name} has NaN or infinite values"
         for name, tensor in tensors.items()
         if not tensor.sum().isfinite()  # ten times as fast as looking at each value
     ]
-    with torch.device("meta"):
-        model = LlamaModel(config)
+    model = empty_model(config)
     try:
         load_hf_weights(model, tensors)  # copies nothing to the device `meta`
     except ValueError as error:
         problems += str(error).partition(": ")[2].split("; ")
     refuse(problems, folder, FIX)
+    return model
+
+
+def empty_model(config: ModelConfig) -> LlamaModel:
+    """A model on the device `meta`."""
+    # there, `normal_` has nothing to do, but imports torch's compiler, which takes two seconds
+    with torch.device("meta"), patch.object(nn.init, "normal_"):
+        return LlamaModel(config)
+
+
+def load_model(folder: Path, config: ModelConfig) -> LlamaModel:
+    """The model in a folder. Its weights are not copied, and it has no random ones before."""
+    tensors = read_weights(folder, config)
+    model = check_weights(tensors, config, folder)
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(
+        {name: tensors[hf_name(name)] for name in model.state_dict()}, assign=True
+    )
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.eval()
 
 
 def unequal_tensors(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from SmolLm3 import LlamaModel, ModelConfig, hf_state_dict
 from workflow.errors import WorkflowError
+from workflow.reference.folder import empty_model
 
 
 def gguf_names(model: LlamaModel) -> dict[str, str]:
@@ -50,8 +51,7 @@ def read_gguf(path: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
 
     A tensor that `LlamaModel` does not have is yielded empty, under its name in the file.
     """
-    with torch.device("meta"):
-        names = {stored: name for name, stored in gguf_names(LlamaModel(config)).items()}
+    names = {stored: name for name, stored in gguf_names(empty_model(config)).items()}
     for tensor in gguf.GGUFReader(str(path)).tensors:
         if name := names.get(tensor.name):
             values = dequantize(tensor.data, tensor.tensor_type)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 
-from SmolLm3 import LlamaModel, ModelConfig, hf_name, load_hf_weights
+from SmolLm3 import LlamaModel, ModelConfig
 from workflow.config.settings import ModelEntry
 from workflow.errors import ConfigError, SourceError
 from workflow.files import weights_sha256
@@ -18,11 +18,11 @@ from workflow.reference.folder import (
     check_config,
     check_equal,
     check_weights,
+    load_model,
     read_json,
     read_weights,
     readable,
 )
-from workflow.reference.hub import matching_files, snapshot
 from workflow.reference.wheel import converted_wheel
 
 END_OF_TEXT = "<|endoftext|>"  # separates documents in SmolLM and SmolLM2
@@ -166,19 +166,10 @@ def load_for_generation(source: str, entry: ModelEntry, cache: Path) -> tuple[Ll
     config = check_architecture(entry.architecture, read_json(folder / "config.json"), origin)
     with readable(folder / "tokenizer.json"):
         tokenizer = PlainTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
-    weights = read_weights(folder, config)
-    check_weights(weights, config, folder)
+    model = load_model(folder, config).requires_grad_(False)
     check_tokenizer(tokenizer, config, name)
     print(f"Reference: {name} (from {origin}, {revision})")
-    with torch.device("meta"):  # random weights would take a second
-        model = LlamaModel(config)
-    if config.tie_word_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    ours = {name: weights[hf_name(name)] for name in model.state_dict()}
-    model.load_state_dict(ours, assign=True)
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.requires_grad_(False).eval(), tokenizer
+    return model, tokenizer
 
 
 def load_exported(folder: Path) -> tuple[LlamaModel, Any, dict[str, str]]:
@@ -188,12 +179,9 @@ def load_exported(folder: Path) -> tuple[LlamaModel, Any, dict[str, str]]:
     """
     hf = read_config(folder)
     config = architecture_of(hf, folder)
-    tokenizer, weights = read_tokenizer(folder), read_weights(folder, config)
-    check_weights(weights, config, folder)
+    tokenizer, model = read_tokenizer(folder), load_model(folder, config)
     check_tokenizer(tokenizer, config, folder)
-    model = LlamaModel(config)
-    load_hf_weights(model, weights)
-    return model.eval(), tokenizer, {"name": folder.absolute().name, "folder": str(folder)}
+    return model, tokenizer, {"name": folder.absolute().name, "folder": str(folder)}
 
 
 def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, str, str]:
@@ -206,6 +194,8 @@ def find_model(source: str, entry: ModelEntry, cache: Path) -> tuple[Path, str, 
         return folder, "folder", folder.name, str(folder)
     hub_error = ""
     if source in ("auto", "hub"):
+        from workflow.reference.hub import matching_files, snapshot  # the client is slow to import
+
         try:
             if entry.hub_id is None:
                 raise SourceError("reference", "this model has no Hub id", "name a folder")

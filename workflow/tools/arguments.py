@@ -14,7 +14,10 @@ class OneLineParser(ArgumentParser):
     """Raises ConfigError for a wrong argument; argparse would print its usage and exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(self.prog, message, f"type {self.prog} --help")
+        fix = f"type {self.prog} --help"
+        if message.startswith("unrecognized arguments: --"):
+            fix = f"for a setting, type --set train.steps=60; for options, {fix}"
+        raise ConfigError(self.prog, message, fix)
 
 
 def at_least(smallest: int) -> Callable[[str], int]:

@@ -21,7 +21,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from workflow.config.settings import KEYS_NOT_OF_RUN, RENAMED_KEYS, TABLES_NOT_OF_RUN
-from workflow.errors import CheckpointError, DamagedError, ForeignError, NonFiniteError
+from workflow.errors import (
+    CheckpointError,
+    DamagedError,
+    ForeignError,
+    MissingError,
+    NonFiniteError,
+)
 from workflow.files import atomic_write, sha256_of
 
 FORMAT = "smollm-workflow checkpoint"
@@ -173,7 +179,7 @@ def check_archive(path: Path) -> None:
             if problem := archive_problem(archive, path.stat().st_size):
                 raise DamagedError(path, problem, "choose another file")
     except FileNotFoundError:
-        raise CheckpointError(path, "there is no such file", "see: main.py runs") from None
+        raise MissingError(path, "there is no such file", "see: main.py runs") from None
     except OSError as error:
         what = f"it cannot be read ({error.strerror or error})"
         raise CheckpointError(path, what, "choose another file") from None
@@ -269,7 +275,7 @@ def find(path: Path, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
             if found := load_newest(folder):
                 return found
         if os.path.isdir(path):
-            raise CheckpointError(path, "no checkpoint in this folder", "choose another folder")
+            raise MissingError(path, "no checkpoint in this folder", "choose another folder")
     while path.is_symlink() and path.is_file() and not (path.parent / TOKENIZER).is_file():
         path = path.parent / path.readlink()
     return path, load(path)
