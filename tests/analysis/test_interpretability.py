@@ -31,6 +31,28 @@ def test_the_weight_map_counts_equal_tensors(model):
     assert interpretability.weight_map(model, weights)["equal"].sum() == table["tensors"].sum() - 1
 
 
+def test_the_steps_of_the_first_layer_add_up_to_its_output(model, ids):
+    states = interpretability.first_layer(model, ids)
+    after_attention = states["embed_tokens"] + states["o_proj"]
+    assert torch.equal(states["input of post_attention_layernorm"], after_attention)
+    assert torch.equal(states["layers.0"], after_attention + states["down_proj"])
+    with torch.no_grad():
+        assert torch.equal(states["lm_head"], model(ids))
+    values = states["v_proj"].view(1, 24, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
+    heads = (states[interpretability.WEIGHTS] @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(heads, states["input of o_proj"], atol=1e-4, rtol=1e-4)
+    rows = interpretability.shape_table(states, model.config).data.set_index("step")
+    assert list(rows.index) == list(interpretability.STEPS)
+    assert rows.loc["k_proj"].tolist() == ["24 × 16", "keys: 2 heads of 8 channels"]
+    assert rows.loc[interpretability.WEIGHTS, "shape"] == "4 × 24 × 24"
+    assert rows.loc["lm_head", "shape"] == "24 × 257"
+
+
+@pytest.mark.parametrize(("last", "layer"), [("aabb", 2), ("abab", 3), ("bbbb", 0)])
+def test_the_layer_from_which_on_the_answer_is_given(last, layer):
+    assert interpretability.layer_of_answer([["x", guess] for guess in last]) == layer
+
+
 def test_wavelengths_and_angles_of_rotary_embedding(model):
     rotary, D = model.rotary, model.config.head_dim
     waves = interpretability.wavelengths(rotary)
