@@ -41,7 +41,9 @@ def test_the_steps_of_the_first_layer_add_up_to_its_output(model, ids):
     values = states["v_proj"].view(1, 24, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
     heads = (states[interpretability.WEIGHTS] @ values).transpose(1, 2).flatten(2)
     torch.testing.assert_close(heads, states["input of o_proj"], atol=1e-4, rtol=1e-4)
-    rows = interpretability.shape_table(states, model.config).data.set_index("step")
+    table = interpretability.shape_table(states, model.config)
+    rows = table.data.set_index("step")
+    assert "text-align: left" in table.to_html()
     assert list(rows.index) == list(interpretability.STEPS)
     assert rows.loc["k_proj"].tolist() == ["24 × 16", "keys: 2 heads of 8 channels"]
     assert rows.loc[interpretability.WEIGHTS, "shape"] == "4 × 24 × 24"

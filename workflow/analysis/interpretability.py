@@ -71,7 +71,8 @@ def shape_table(states: Mapping[str, Tensor], config: ModelConfig):
         for step, state in states.items()
     ]
     table = pd.DataFrame(rows, columns=["step", "shape", "what it is"])
-    return table.style.hide(axis="index").set_uuid("shapes").set_properties(text_align="left")
+    style = table.style.hide(axis="index").set_uuid("shapes")
+    return style.set_properties(**{"text-align": "left"})
 
 
 def wavelengths(rotary: RotaryPositionalEmbedding) -> Tensor:
