@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -97,15 +97,15 @@ def query_key_scores(rotary: RotaryPositionalEmbedding, positions: int) -> Tenso
 
 
 @torch.no_grad()
-def logit_lens(model: LlamaModel, ids: Tensor) -> Iterator[Tensor]:
-    """Yields logits (T, V) for ids (1, T): after the embedding, then after each layer.
+def logit_lens(model: LlamaModel, ids: Tensor) -> Tensor:
+    """Logits (layers + 1, T, V) for ids (1, T): after the embedding, then after each layer.
 
     The final norm and the head are applied to the residual stream; the last logits are the output
     of the model (nostalgebraist 2020, "interpreting GPT: the logit lens").
     """
     *residual_stream, _, _ = hidden_states(model, ids).values()  # without norm and logits
-    for x in residual_stream:
-        yield model.lm_head(model.norm(x))[0].float()
+    # all layers at once: the head's large matrix is read once
+    return model.lm_head(model.norm(torch.cat(residual_stream))).float()
 
 
 def logit_lens_tokens(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list, np.ndarray]:
@@ -113,7 +113,7 @@ def logit_lens_tokens(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list, 
 
     tokenizer: from transformers.
     """
-    probabilities, tokens = torch.stack([*logit_lens(model, ids)]).softmax(dim=-1).max(dim=-1)
+    probabilities, tokens = logit_lens(model, ids).softmax(dim=-1).max(dim=-1)
     return [tokenizer.batch_decode(row[:, None]) for row in tokens], probabilities.numpy()
 
 
