@@ -1,20 +1,23 @@
-"""README.md, docs/ and CONTRIBUTING.md: commands and code work; links, names and messages exist."""
+"""README.md, docs/, CONTRIBUTING.md, the notebook's texts: commands work; links and names exist."""
 
 import json
 import re
 import runpy
 import shlex
 
+import nbformat
 import pytest
 
 import main
 from conftest import ROOT, SHORT
 from workflow.config import load_config
 
-FILES = ("README.md", "docs/how-to.md", "docs/results.md", "CONTRIBUTING.md")
+FILES = ("README.md", "docs/how-to.md", "docs/results.md", "CONTRIBUTING.md", "docs/glossary.md")
 PYTHON = re.compile(r"^```python\n(.+?)^```$", re.MULTILINE | re.DOTALL)
 TEXTS = {file: (ROOT / file).read_text("utf-8") for file in FILES}
 PROGRAMS = PYTHON.findall("\n".join(TEXTS.values()))
+CELLS = nbformat.read(ROOT / "main.ipynb", as_version=4).cells
+TEXTS["main.ipynb"] = "\n\n".join(c.source for c in CELLS if c.cell_type == "markdown")
 FENCED = re.compile(r"^```.+?^```$", re.MULTILINE | re.DOTALL)  # `py`: only an outline
 README, HOW_TO, *_ = PROSE = [FENCED.sub("", text) for text in TEXTS.values()]
 ALL = "\n".join(PROSE)
@@ -105,13 +108,23 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", TEXTS)
 def test_every_link_leads_somewhere(file):
     links = {link for link in re.findall(r"\]\(([^)\s]+)", TEXTS[file]) if "://" not in link}
     for path, _, anchor in (link.partition("#") for link in links):
         target = (ROOT / file).parent / path if path else ROOT / file
         assert target.exists(), path
         assert not anchor or anchor in anchors(target.read_text("utf-8")), anchor
+
+
+@pytest.mark.parametrize("word", re.findall("^### (.+)$", TEXTS["docs/glossary.md"], re.MULTILINE))
+def test_a_word_of_the_glossary_is_a_link_where_it_first_appears(word):
+    link, found = f"](docs/glossary.md#{word.lower().replace(' ', '-')})", []
+    pattern = rf"(?i)(?<![\w`*./-]){word.split(' and ')[0]}s?(?![\w`/])"
+    for text in (TEXTS["README.md"], TEXTS["main.ipynb"]):
+        if first := re.search(pattern, text):
+            found.append(text[first.start() :][:90])
+    assert found and [text for text in found if link not in text] == []
 
 
 def test_every_message_is_in_the_source():

@@ -31,6 +31,30 @@ def test_the_weight_map_counts_equal_tensors(model):
     assert interpretability.weight_map(model, weights)["equal"].sum() == table["tensors"].sum() - 1
 
 
+def test_the_steps_of_the_first_layer_add_up_to_its_output(model, ids):
+    states = interpretability.first_layer(model, ids)
+    after_attention = states["embed_tokens"] + states["o_proj"]
+    assert torch.equal(states["input of post_attention_layernorm"], after_attention)
+    assert torch.equal(states["layers.0"], after_attention + states["down_proj"])
+    with torch.no_grad():
+        assert torch.equal(states["lm_head"], model(ids))
+    values = states["v_proj"].view(1, 24, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
+    heads = (states[interpretability.WEIGHTS] @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(heads, states["input of o_proj"], atol=1e-4, rtol=1e-4)
+    table = interpretability.shape_table(states, model.config)
+    rows = table.data.set_index("step")
+    assert "text-align: left" in table.to_html()
+    assert list(rows.index) == list(interpretability.STEPS)
+    assert rows.loc["k_proj"].tolist() == ["24 × 16", "keys: 2 heads of 8 channels"]
+    assert rows.loc[interpretability.WEIGHTS, "shape"] == "4 × 24 × 24"
+    assert rows.loc["lm_head", "shape"] == "24 × 257"
+
+
+@pytest.mark.parametrize(("last", "layer"), [("aabb", 2), ("abab", 3), ("bbbb", 0)])
+def test_the_layer_from_which_on_the_answer_is_given(last, layer):
+    assert interpretability.layer_of_answer([["x", guess] for guess in last]) == layer
+
+
 def test_wavelengths_and_angles_of_rotary_embedding(model):
     rotary, D = model.rotary, model.config.head_dim
     waves = interpretability.wavelengths(rotary)
@@ -42,11 +66,11 @@ def test_wavelengths_and_angles_of_rotary_embedding(model):
 
 
 def test_after_the_last_layer_the_logit_lens_is_the_output_of_the_model(model, ids, reference):
-    lens = torch.stack(list(interpretability.logit_lens(model, ids)))
+    lens = interpretability.logit_lens(model, ids)
     assert lens.shape == (3, 24, model.config.vocab_size)
     with torch.no_grad():
         logits = model(ids)[0]
-    assert torch.equal(lens[-1], logits)
+    torch.testing.assert_close(lens[-1], logits)
     expected = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:]).item()
     assert interpretability.loss_by_layer(model, ids)[-1] == pytest.approx(expected, abs=1e-5)
     words, probabilities = interpretability.logit_lens_tokens(model, ids, reference.tokenizer)

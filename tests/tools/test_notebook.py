@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import nbformat
 import pytest
@@ -20,6 +21,7 @@ RUN = ("run", "--profile", "ci")
 SKIP_TAG = "skip-execution"
 NOTEBOOK = nbformat.read(ROOT / "main.ipynb", as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+TEXTS = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"][1:]
 # parts of cells
 SETUP = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "load_corpus(")
 SETUP += ("open_run(",)
@@ -46,8 +48,26 @@ def test_the_notebook_defines_and_installs_nothing_and_its_cells_are_short():
     nodes = list(ast.walk(ast.parse("\n".join(CELLS))))
     assert not any(isinstance(node, (ast.FunctionDef, ast.ClassDef)) for node in nodes)
     assert not re.search(r"pip install|google\.colab", "\n".join(CELLS))
-    lengths = sorted(len(cell.source.splitlines()) for cell in CODE)
-    assert lengths[-1] <= 15 and lengths[len(lengths) // 2] <= 7
+    lengths = [len(cell.source.splitlines()) for cell in CODE]
+    assert len(lengths) <= 32 and max(lengths) <= 15 and median(lengths) <= 6
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.split("\n")[0][:40])
+def test_each_text_asks_a_question_says_what_to_see_and_is_short(text):
+    paragraphs = [part for part in text.split("\n\n") if not re.match(r"#|\d\. |<|\$\$", part)]
+    exercise = "<details>" in text
+    assert exercise or re.match(r"\*[A-Z][^*]+\?\*", paragraphs[0])
+    assert exercise or paragraphs[-1].startswith("**You should see**")
+    for paragraph in paragraphs:
+        assert len(re.findall(r"[.?!](?:\s|\*|$)", re.sub("`.+?`", "", paragraph))) <= 6
+
+
+def test_the_changes_of_the_exercise_exist():
+    from workflow.proof import mutations
+
+    line = cell_with("CHANGE = ").source.splitlines()[0]
+    names = [*re.findall('"(.+?)"', line), *re.findall('`"(.+?)"`', "".join(TEXTS))]
+    assert len(names) >= 6 and [name for name in names if name not in mutations.MUTATIONS] == []
 
 
 def test_the_committed_output_belongs_to_the_code():
@@ -90,7 +110,10 @@ def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, project,
     assert nbformat.read(project / "main.ipynb", as_version=4) == executed
     lines = printed_lines(streams(executed))
     assert f"Run folder: runs/{folder.name}" in lines
-    assert "20 steps, largest difference of a loss: 0.0" in lines
+    assert "Found: 20 steps, largest difference of a loss: 0.0" in lines
+    parts = re.split("^--- ", shown.partition("\nMade:")[0], flags=re.MULTILINE)[1:]
+    silent = [part.split("\n")[0] for part in parts if "\nFound: " not in part]
+    assert silent == ["Provenance", "Where to look next"]  # each other section says what it found
     assert set(lines) <= set(printed_lines(shown))  # the terminal shows all of it
     assert f"Made:\n  runs/{folder.name}/main.html" in shown
     sections = re.findall(r"^ +[\d.]+  (.+)$", shown.partition("\nSeconds (")[2], re.MULTILINE)
@@ -124,7 +147,7 @@ def test_nbconvert_executes_the_full_notebook(project):
     checkpoints = {file.name for file in (project / "checkpoints" / folder).glob("*.pt")}
     assert {"checkpoint_5000.pt", "checkpoint_5050.pt"} <= checkpoints
     assert len(re.findall(r"Step: \d+00, Train Loss|Step: \d0, Resume Loss", shown)) == 50 + 5
-    assert "50 steps, largest difference of a loss: 0.0" in shown
+    assert "Found: 50 steps, largest difference of a loss: 0.0" in shown
 
 
 def test_a_long_silent_cell_prints_that_it_is_working(here, project, monkeypatch):
@@ -278,7 +301,7 @@ def test_long_cells_can_be_interrupted_and_run_again(project, kernel):
     for part, moment in ((TRAIN, "Step: 200,"), (RESUME, "Resume Loss")):
         for interrupt_at in (moment, None):
             assert "Saved checkpoint_" in run(cell_with(part).source, interrupt_at)
-    assert "100 steps, largest difference of a loss: 0.0" in run(cell_with(COMPARE).source)
+    assert "Found: 100 steps, largest difference of a loss: 0.0" in run(cell_with(COMPARE).source)
     losses = read_losses(project)
     assert list(losses) == list(range(1, 501))
     again = [run(source) for source in (*setup, cell_with(TRAIN).source, cell_with(RESUME).source)]

@@ -1,13 +1,17 @@
 """The figures of the notebook. Every axis has a unit; all can be read without colours."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
 
 import matplotlib.figure
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, Rectangle
+
+from SmolLm3 import ModelConfig
 
 Rows = Sequence[Mapping]
 Curves = Mapping[str, Sequence[float]]
@@ -102,17 +106,70 @@ def compared_losses(runs: Mapping[str, Rows]) -> Figure:
     return figure
 
 
-def parameter_bars(counts: Mapping[str, int], *, title: str) -> Figure:
-    """How many parameters each part of a model has."""
-    figure = Figure(0.4 * len(counts) + 1.2)
-    axes, sizes = figure.subplots(), np.array(list(counts.values()))
-    bars = axes.barh(list(counts), sizes / 1e6, color="0.6", edgecolor="k")
-    labels = [f"{size:,} ({size / sizes.sum():.1%})" for size in sizes]
-    axes.bar_label(bars, labels, padding=4, fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.set(xlabel="parameters (millions)", title=title)
+def architecture(config: ModelConfig, *, title: str) -> Figure:
+    """A model and one of its layers, from top to bottom: weights, their shapes, their parameters.
+
+    Grey boxes have weights, white ones have none.
+    """
+    figure = Figure(7)
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(0, 100), title=title)
+    axes.set_axis_off()
+    axes.add_patch(Rectangle((30, 1), 69.5, 98, fill=False, linestyle="--", color="0.6"))
+    axes.text(31, 95.5, "one layer: attention, then MLP", fontsize=9, style="italic")
+    boxes, patches = architecture_boxes(config), {}
+    for name, (x, y, text) in boxes.items():
+        color = "0.85" if text.split("\n")[-1].replace(",", "").isdigit() else "white"
+        look = {"boxstyle": "round,pad=0.4", "facecolor": color, "edgecolor": "0.3"}
+        patches[name] = axes.text(
+            x, y, text, bbox=look, **CENTERED | {"fontsize": 9}
+        ).get_bbox_patch()
+    for path in ARROWS.split("; "):
+        for start, end in pairwise(path.split()):
+            ends = {"patchA": patches[start], "patchB": patches[end]}
+            arrow = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, **ends}
+            axes.annotate("", boxes[end][:2], boxes[start][:2], arrowprops=arrow)
     return figure
+
+
+ARROWS = "ids embed layers norm head logits; in + ++ out; in norm1 q rope attention o +; "
+ARROWS += "norm1 k rope; norm1 v attention; + norm2 gate times down ++; norm2 up times"
+
+
+def architecture_boxes(config: ModelConfig) -> dict[str, tuple[float, float, str]]:
+    """The boxes of `architecture`: name → x, y, and text, which ends in the parameters."""
+    C, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+    layers, tied = config.num_hidden_layers, config.tie_word_embeddings
+    layer = 2 * C + 2 * C * (H + K) * D + 3 * C * F
+
+    def weight(name: str, *shape: int) -> str:
+        return f"{name}\n{' × '.join(f'{n:,}' for n in shape)}\n{math.prod(shape):,}"
+
+    return {
+        "ids": (13, 95, "T token ids"),
+        "embed": (13, 79, weight("embed_tokens", V, C)),
+        "layers": (13, 55, f"{layers} layers\n{layers} × {layer:,} =\n{layers * layer:,}"),
+        "norm": (13, 36, weight("norm", C)),
+        "head": (13, 19, "lm_head\ntied: it is\nembed_tokens" if tied else weight("lm_head", V, C)),
+        "logits": (13, 4, f"logits: T × {V:,}"),
+        "in": (38, 87, f"residual stream\nT × {C:,}"),
+        "+": (38, 55, "+"),
+        "++": (38, 14, "+"),
+        "out": (38, 4, "next layer"),
+        "norm1": (53, 78, weight("input_layernorm", C)),
+        "q": (67, 91, weight("q_proj", H * D, C)),
+        "k": (67, 78, weight("k_proj", K * D, C)),
+        "v": (67, 65, weight("v_proj", K * D, C)),
+        "rope": (79, 85, "RoPE"),
+        "attention": (91, 73, f"causal\nattention:\n{H} heads of q,\n{K} of k and v"),
+        "o": (91, 55, weight("o_proj", C, H * D)),
+        "norm2": (53, 32, weight("post_attention_\nlayernorm", C)),
+        "gate": (67, 39, weight("gate_proj", F, C)),
+        "up": (67, 25, weight("up_proj", F, C)),
+        "times": (81, 32, "SiLU(gate)\n× up"),
+        "down": (91, 14, weight("down_proj", C, F)),
+    }
 
 
 def rotary_embedding(
@@ -170,10 +227,10 @@ def grouped_query_attention(query_heads: int, key_value_heads: int, head_dim: in
 
 
 def plot_by_layer(axes: Axes, curves: Curves, first: int, **texts) -> None:
-    """One line per curve, each with another marker; the first value is that of layer `first`."""
-    for marker, (name, values) in zip("osv^D*Px", curves.items()):
+    """One line per curve, each with another look; the first value is that of layer `first`."""
+    for look, (name, values) in zip(product(("-", "--", ":"), "osv^D*Px"), curves.items()):
         layers = range(first, first + len(values))
-        axes.plot(layers, values, marker=marker, markersize=5, linewidth=1, label=name)
+        axes.plot(layers, values, "".join(look), markersize=5, linewidth=1, label=name)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     axes.set(**texts)
@@ -197,7 +254,7 @@ def logit_lens(prompt: Sequence[str], tokens: Mapping[str, tuple], losses: Curve
     """
     figure = Figure(8)
     above, below = figure.subfigures(2, 1, height_ratios=(2, 1))
-    panels = above.subplots(1, len(tokens), sharey=True, squeeze=False)[0]
+    panels = above.subplots(1, len(tokens), squeeze=False)[0]
     for axes, (name, (words, probabilities)) in zip(panels, tokens.items()):
         layers = np.unique(np.linspace(0, len(words) - 1, 12).round().astype(int))
         grey = {"cmap": "Greys", "vmin": 0, "vmax": 1, "alpha": 0.5, "aspect": "auto"}
@@ -206,7 +263,7 @@ def logit_lens(prompt: Sequence[str], tokens: Mapping[str, tuple], losses: Curve
             axes.text(place, row, token_label(word), **CENTERED)
         axes.set_xticks(range(len(prompt)), map(token_label, prompt), fontsize=8)
         axes.set_yticks(range(len(layers)), layers)
-        axes.set(title=f"{name} training: most likely next token", xlabel="token of the prompt")
+        axes.set(title=f"{name}: most likely next token", xlabel="token of the sentence")
     panels[0].set_ylabel("after layer (0: embedding)")
     above.colorbar(shown, ax=list(panels), label="its probability")
     label = "loss on held-out text\n(nats per token)"
@@ -233,10 +290,24 @@ def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], scores: Curves)
     for line, (name, heads) in zip(grid, maps.items()):
         for axes, (head, weights) in zip(line, heads.items()):
             shown = axes.imshow(weights**0.5, cmap="Greys", vmin=0, vmax=1)
-            axes.set_title(f"{head}\n{name} training", fontsize=9)
+            axes.set_title(f"{name}\n{head}", fontsize=9)
             axes.set_xlabel("position of the key", fontsize=8)
         line[0].set_ylabel("position of the query", fontsize=8)
     above.colorbar(shown, ax=grid, label="square root of the attention weight", shrink=0.8)
     label = "highest induction score\n(share of the attention)"
     plot_by_layer(below.subplots(), scores, 1, xlabel="layer", ylabel=label, ylim=(0, 1))
+    return figure
+
+
+def sentence_attention(words: Sequence[str], maps: Mapping[str, np.ndarray]) -> Figure:
+    """The attention weights of some heads on a sentence, (T, T) each; its tokens are the labels."""
+    figure = Figure(3.4)
+    for axes, (head, weights) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items()):
+        shown = axes.imshow(weights**0.5, cmap="Greys", vmin=0, vmax=1)
+        labels = [token_label(word) for word in words]
+        axes.set_xticks(range(len(words)), labels, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(words)), labels, fontsize=8)
+        axes.set_title(head, fontsize=9)
+        axes.set(xlabel="key", ylabel="query")
+    figure.colorbar(shown, ax=figure.axes, label="square root of the\nattention weight", shrink=0.6)
     return figure

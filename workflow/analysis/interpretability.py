@@ -2,26 +2,36 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from SmolLm3 import LlamaModel, RotaryPositionalEmbedding, hf_name, rotate
-from workflow.analysis.states import hidden_states
+from SmolLm3 import LlamaModel, ModelConfig, RotaryPositionalEmbedding, hf_name, rotate
+from workflow.analysis.states import INPUT, hidden_states, record
 
-
-def parameter_counts(model: LlamaModel) -> dict[str, int]:
-    """The number of parameters of each kind of module, over all layers."""
-    counts: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        kind = "norms" if "norm" in name else name.split(".")[-2]
-        tied = model.config.tie_word_embeddings and kind == "embed_tokens"
-        counts["embed_tokens = lm_head" if tied else kind] += parameter.numel()
-    return dict(counts)
+WEIGHTS = "attention weights"  # the only step below that is no module's input or output
+STEPS = {  # the first layer of a model, in the order of the computation
+    "embed_tokens": "the residual stream: a row of the embedding for each token",
+    "input_layernorm": "each row divided by its size (RMSNorm)",
+    "q_proj": "queries: {H} heads of {D} channels",
+    "k_proj": "keys: {K} heads of {D} channels",
+    "v_proj": "values: {K} heads of {D} channels",
+    WEIGHTS: "{H} heads: what share each token (row) takes from each token (column)",
+    "input of o_proj": "means of the values with these shares: {H} heads of {D} channels",
+    "o_proj": "what attention adds to the residual stream",
+    "input of post_attention_layernorm": "the residual stream after attention",
+    "post_attention_layernorm": "each row divided by its size",
+    "gate_proj": "the gates of the MLP",
+    "up_proj": "the values of the MLP",
+    "input of down_proj": "SiLU(gates) × values (SwiGLU)",
+    "down_proj": "what the MLP adds to the residual stream",
+    "layers.0": "the residual stream after the first layer",
+    "norm": "the residual stream after all {layers} layers, normed",
+    "lm_head": "logits: how likely each of {V} tokens is the next one",
+}
 
 
 def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]):
@@ -36,6 +46,33 @@ def weight_map(model: LlamaModel, state_dict: Mapping[str, Tensor]):
     frame = pd.DataFrame(rows, columns=["original", "ours", "shape", "equal"])
     kinds = frame.groupby(["original", "ours", "shape"], sort=False, as_index=False)
     return kinds.agg(tensors=("equal", "size"), equal=("equal", "sum"))
+
+
+@torch.no_grad()
+def first_layer(model: LlamaModel, ids: Tensor) -> dict[str, Tensor]:
+    """What the model computes for ids (1, T), by the names of `STEPS`."""
+    named = {path.rpartition(".")[2]: m for path, m in model.layers[0].named_modules()}
+    for path in ("embed_tokens", "layers.0", "norm", "lm_head"):
+        named[path] = model.get_submodule(path)
+    modules = {step: named[step.removeprefix(INPUT)] for step in STEPS if step != WEIGHTS}
+    _, states = record(modules, lambda: model(ids))
+    states[WEIGHTS] = attention_weights(model, ids)[:1]
+    return {step: states[step] for step in STEPS}
+
+
+def shape_table(states: Mapping[str, Tensor], config: ModelConfig):
+    """A DataFrame: the shape of each result of `first_layer`, without the batch, and what it is."""
+    import pandas as pd
+
+    H, K, V = config.num_attention_heads, config.num_key_value_heads, config.vocab_size
+    sizes = {"H": H, "K": K, "V": V, "D": config.head_dim, "layers": config.num_hidden_layers}
+    rows = [
+        (step, " × ".join(map(str, state.shape[1:])), STEPS[step].format(**sizes))
+        for step, state in states.items()
+    ]
+    table = pd.DataFrame(rows, columns=["step", "shape", "what it is"])
+    style = table.style.hide(axis="index").set_uuid("shapes")
+    return style.set_properties(**{"text-align": "left"})
 
 
 def wavelengths(rotary: RotaryPositionalEmbedding) -> Tensor:
@@ -60,15 +97,15 @@ def query_key_scores(rotary: RotaryPositionalEmbedding, positions: int) -> Tenso
 
 
 @torch.no_grad()
-def logit_lens(model: LlamaModel, ids: Tensor) -> Iterator[Tensor]:
-    """Yields logits (T, V) for ids (1, T): after the embedding, then after each layer.
+def logit_lens(model: LlamaModel, ids: Tensor) -> Tensor:
+    """Logits (layers + 1, T, V) for ids (1, T): after the embedding, then after each layer.
 
     The final norm and the head are applied to the residual stream; the last logits are the output
     of the model (nostalgebraist 2020, "interpreting GPT: the logit lens").
     """
     *residual_stream, _, _ = hidden_states(model, ids).values()  # without norm and logits
-    for x in residual_stream:
-        yield model.lm_head(model.norm(x))[0].float()
+    # all layers at once: the head's large matrix is read once
+    return model.lm_head(model.norm(torch.cat(residual_stream))).float()
 
 
 def logit_lens_tokens(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list, np.ndarray]:
@@ -76,8 +113,14 @@ def logit_lens_tokens(model: LlamaModel, ids: Tensor, tokenizer) -> tuple[list, 
 
     tokenizer: from transformers.
     """
-    probabilities, tokens = torch.stack([*logit_lens(model, ids)]).softmax(dim=-1).max(dim=-1)
+    probabilities, tokens = logit_lens(model, ids).softmax(dim=-1).max(dim=-1)
     return [tokenizer.batch_decode(row[:, None]) for row in tokens], probabilities.numpy()
+
+
+def layer_of_answer(tokens: list[list[str]]) -> int:
+    """From which layer on the logit lens gives the model's own answer after the last token."""
+    guesses = [row[-1] for row in tokens]
+    return max((i + 1 for i, guess in enumerate(guesses) if guess != guesses[-1]), default=0)
 
 
 def loss_by_layer(model: LlamaModel, ids: Tensor) -> list[float]:

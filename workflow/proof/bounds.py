@@ -161,7 +161,8 @@ def check_table(checks: Sequence[Check]):
     columns = ["check", "value", "bound", "result", "detail"]
     table = pd.DataFrame([check.cells() for check in checks], columns=columns)
     colors = {"passed": "#c6efce", "FAILED": "#ffc7ce", "skipped": "#d9d9d9"}
-    style = table.style.hide(axis="index").set_uuid("checks").set_properties(text_align="left")
+    style = table.style.hide(axis="index").set_uuid("checks")
+    style = style.set_properties(**{"text-align": "left"})
     css = {result: f"background-color: {color}; color: black" for result, color in colors.items()}
     return style.map(css.get, subset=["result"])
 
