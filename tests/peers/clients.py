@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 import worker
 
 BOUND = 1e-4  # of logits and log-likelihoods

@@ -6,13 +6,12 @@ agree: the loss of the first step, or the greedy tokens.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from workflow.reference.gguf_file import write_gguf  # noqa: E402
 from workflow.tools import bench  # noqa: E402
 from workflow.tools.bench import BF16, OURS, THEIRS, Case  # noqa: E402
 from workflow.tools.models import open_reference  # noqa: E402
+from workflow.tools.terminal import raise_on_signals  # noqa: E402
 
 HERE, PEERS, NODE = Path(__file__).parent, ROOT / ".cache/peers", ROOT / ".cache/node"
 STEP, GENERATION = "training step", "greedy generation"
@@ -101,14 +101,14 @@ def workspace(config: Config, gguf: tuple[str, ...] = ()) -> Iterator[Workspace]
 
 def command(case: Case, space: Workspace) -> list[Any]:
     """The command that starts a program. Raises NotInstalled."""
-    task, fix = space.write_task(case), "see the output of `make bench-peers`"
-    if kind := LLAMA_CPP.get(case.variant):
-        if not (NODE / ".installed").is_file():
-            raise NotInstalled(case.variant, "node-llama-cpp is not installed", fix)
+    task, fix = space.write_task(case), "type: make bench-peers"
+    kind = LLAMA_CPP.get(case.variant)
+    needed = NODE if kind else PEERS / LITGPT if case.variant == LITGPT else None
+    if needed and not (needed / ".installed").is_file():
+        raise NotInstalled(case.variant, "it is not installed", fix)
+    if kind:
         return ["node", HERE / "llama_cpp.mjs", NODE, space.folder / f"{kind}.gguf", task]
-    python = PEERS / case.variant / "bin" / "python" if case.variant == LITGPT else sys.executable
-    if not shutil.which(python):
-        raise NotInstalled(case.variant, "its environment is not installed", fix)
+    python = needed / "bin" / "python" if needed else sys.executable
     return [python, HERE / "worker.py", case.variant, task]
 
 
@@ -127,11 +127,12 @@ def program(case: Case, command: list) -> Iterator[tuple[Any, Callable[[bool], f
             raise WorkflowError(case, f"it ended: {last}", "start it alone, with --only")
 
         def call(again: bool) -> float:
-            if again:
-                process.stdin.write("\n")
-                process.stdin.flush()
-            else:
-                process.stdin.close()
+            with suppress(BrokenPipeError):  # `answer` reports why it ended
+                if again:
+                    process.stdin.write("\n")
+                    process.stdin.flush()
+                else:
+                    process.stdin.close()
             return answer()
 
         try:
@@ -208,6 +209,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", metavar="WORDS", default="", help="only rows with these words")
     options = parser.parse_args()
+    raise_on_signals()
     return int(report(load_config(profile=options.profile), options.rounds, options.only) > 0)
 
 

@@ -1,4 +1,4 @@
-"""A small Llama and its training loop in nanoGPT's style, written only to be compared with.
+"""A Llama and its training loop in nanoGPT's style, written only to be compared with.
 
 No micro-batches, no log, no checkpoint. As in nanoGPT, q, k and v are one matrix product.
 """
@@ -17,89 +17,71 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """config: a dict with Hugging Face's fields, as in config.json."""
-
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor], layer: int):
         super().__init__()
-        C, eps, hidden = (config[k] for k in ("hidden_size", "rms_norm_eps", "intermediate_size"))
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.head_dim = config.get("head_dim") or C // self.heads
-        self.norm_1, self.norm_2 = nn.RMSNorm(C, eps), nn.RMSNorm(C, eps)
-        width = self.heads * self.head_dim
-        self.qkv = nn.Linear(C, width + 2 * self.kv_heads * self.head_dim, bias=False)
-        self.proj = nn.Linear(width, C, bias=False)
-        self.gate, self.up = nn.Linear(C, hidden, bias=False), nn.Linear(C, hidden, bias=False)
-        self.down = nn.Linear(hidden, C, bias=False)
+        self.eps, self.width = config["rms_norm_eps"], (config["hidden_size"],)
+
+        def parameter(*names: str) -> nn.Parameter:
+            parts = [weights[f"model.layers.{layer}.{name}.weight"] for name in names]
+            return nn.Parameter(torch.cat(parts))
+
+        self.norm_1 = parameter("input_layernorm")
+        self.qkv = parameter("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self.proj = parameter("self_attn.o_proj")
+        self.norm_2 = parameter("post_attention_layernorm")
+        self.gate, self.up = parameter("mlp.gate_proj"), parameter("mlp.up_proj")
+        self.down = parameter("mlp.down_proj")
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(self.norm_1(x)).view(B, T, -1, self.head_dim).transpose(1, 2)
+        qkv = F.linear(F.rms_norm(x, self.width, self.norm_1, self.eps), self.qkv)
+        qkv = qkv.view(B, T, self.heads + 2 * self.kv_heads, -1).transpose(1, 2)
         q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = (
-            torch.cat((-y.chunk(2, -1)[1], y.chunk(2, -1)[0]), -1) * sin + y * cos for y in (q, k)
-        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, -1))
-        y = self.norm_2(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        x = x + F.linear(y.transpose(1, 2).reshape(B, T, -1), self.proj)
+        y = F.rms_norm(x, self.width, self.norm_2, self.eps)
+        return x + F.linear(F.silu(F.linear(y, self.gate)) * F.linear(y, self.up), self.down)
 
 
 class GPT(nn.Module):
-    """A Llama with tied embeddings, and the weights of a Hugging Face `state_dict`."""
+    """A Llama with tied embeddings. config, weights: with Hugging Face's names."""
 
-    def __init__(self, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]):
+    def __init__(self, config: Mapping[str, Any], weights: Mapping[str, Tensor]):
         super().__init__()
-        self.embedding = nn.Embedding(config["vocab_size"], config["hidden_size"])
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config["num_hidden_layers"]))
-        self.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        D = self.blocks[0].head_dim
-        angle = torch.arange(config["max_position_embeddings"])[:, None].float()
-        angle = angle / config["rope_theta"] ** (torch.arange(0, D, 2).float() / D)
-        self.register_buffer("angle", torch.cat((angle, angle), -1), persistent=False)
-        self.load_state_dict(converted(state_dict, len(self.blocks)))
+        self.embedding = nn.Parameter(weights["model.embed_tokens.weight"].clone())
+        layers = range(config["num_hidden_layers"])
+        self.blocks = nn.ModuleList(Block(config, weights, layer) for layer in layers)
+        self.norm, self.eps = nn.Parameter(weights["model.norm.weight"].clone()), self.blocks[0].eps
+        D = self.blocks[0].qkv.shape[0] // (self.blocks[0].heads + 2 * self.blocks[0].kv_heads)
+        frequency = config["rope_theta"] ** (-torch.arange(0, D, 2).float() / D)
+        angle = torch.arange(config["max_position_embeddings"])[:, None] * frequency.repeat(2)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        angle, x = self.angle[: ids.shape[1]], self.embedding(ids)
-        cos, sin = angle.cos(), angle.sin()
+        """The mean loss. ids, targets: (B, T)."""
+        cos, sin, x = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]], self.embedding[ids]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits = F.linear(self.norm(x), self.embedding.weight)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def converted(weights: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The weights under the names of `GPT`."""
-    names = {"norm_1": "input_layernorm", "norm_2": "post_attention_layernorm"}
-    names |= {"proj": "self_attn.o_proj"} | {n: f"mlp.{n}_proj" for n in ("gate", "up", "down")}
-    result = {"embedding.weight": weights["model.embed_tokens.weight"]}
-    result["norm.weight"] = weights["model.norm.weight"]
-    for i in range(layers):
-        theirs = f"model.layers.{i}."
-        for ours, name in names.items():
-            result[f"blocks.{i}.{ours}.weight"] = weights[f"{theirs}{name}.weight"]
-        qkv = [weights[f"{theirs}self_attn.{each}_proj.weight"] for each in "qkv"]
-        result[f"blocks.{i}.qkv.weight"] = torch.cat(qkv)
-    return result
+        x = F.rms_norm(x, x.shape[-1:], self.norm, self.eps)
+        return F.cross_entropy(F.linear(x, self.embedding).flatten(0, 1), targets.flatten())
 
 
 def train(
     loss_of: Callable[[], Tensor], model: nn.Module, settings: Mapping[str, Any], turn: Callable
 ) -> None:
-    """Trains without end. turn: is called with the loss after each step.
+    """Trains without end, and calls `turn` with the loss after each step.
 
     settings: learning_rate, weight_decay, betas, eps, max_grad_norm.
     """
     parameters = list(model.parameters())  # a tied one appears once
-    groups = [
-        {
-            "params": [p for p in parameters if p.ndim >= 2],
-            "weight_decay": settings["weight_decay"],
-        },
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    options = {"lr": settings["learning_rate"], "betas": settings["betas"], "eps": settings["eps"]}
-    optimizer = torch.optim.AdamW(groups, **options, fused=True)
-    model.train()
+    matrices = [p for p in parameters if p.ndim >= 2]
+    scales = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": scales, "weight_decay": 0.0}]
+    options = {key: settings[key] for key in ("weight_decay", "betas", "eps")}
+    optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], **options, fused=True)
     while True:
         loss = loss_of()
         loss.backward()

@@ -2,14 +2,17 @@
 
 import dataclasses
 import re
+import subprocess
 
 import pytest
 import torch
 
+import clients
 import compare
 import plain
 from SmolLm3 import LlamaModel, load_hf_weights
 from workflow.errors import WorkflowError
+from workflow.reference import load_exported
 from workflow.tools.bench import OURS, Case, random_tokens
 from workflow.training import TrainStep
 
@@ -36,6 +39,7 @@ def test_the_plain_loop_has_the_losses_of_our_training_step(config, reference):
     assert losses == pytest.approx(ours, abs=1e-5) and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_program_that_computes_something_else_or_is_missing_has_no_row(
     config, tmp_path, monkeypatch, capsys
 ):
@@ -52,17 +56,39 @@ def test_a_program_that_computes_something_else_or_is_missing_has_no_row(
     *_, row = out.splitlines()
     assert re.fullmatch(rf"\| training step, 2 × 16 tokens, this project \| {numbers}", row)
     assert "8 tokens, plain loop: the results differ by" in err
-    assert "skipped: litgpt: its environment is not installed" in err
+    assert "skipped: litgpt: it is not installed" in err
 
 
-def test_greedy_tokens_may_differ_only_where_two_are_close(config, reference):
+def test_results_of_another_model_are_refused(config, reference):
     load_hf_weights(model := LlamaModel(reference.config), reference.state_dict)
     model.embed_tokens.weight.data *= 30  # else all tokens are about as likely
     prompt = random_tokens(reference.config.vocab_size, 1, compare.PROMPT)
     space = compare.Workspace(None, config, model, prompt[0].tolist())
-    best = model.generate(prompt, 4)[:, compare.PROMPT :].tolist()
-    case = Case(compare.GENERATION, 1, 4)
-    compare.check_results(case, space, best, best)
-    for other in ([best[0][:3]], [[*best[0][:3], (best[0][3] + 1) % 50]]):
+    (best,) = model.generate(prompt, 4)[:, compare.PROMPT :].tolist()
+    generation, step = (Case(task, 1, 4) for task in (compare.GENERATION, compare.STEP))
+    compare.check_results(generation, space, [best], [best])
+    compare.check_results(step, space, 4.0, 4.0009)
+    other = [*best[:3], (best[3] + 1) % 50]
+    refused = [(generation, [best], [best[:3]]), (generation, [best], [other]), (step, 4, 4.0011)]
+    for case, *results in refused:
         with pytest.raises(WorkflowError, match="the results differ"):
-            compare.check_results(case, space, best, other)
+            compare.check_results(case, space, *results)
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.0, True), (2e-4, False), (float("nan"), False)])
+def test_a_client_with_other_logits_fails(config, tmp_path, monkeypatch, capsys, error, passed):
+    client = ("here", lambda folder, ids: load_exported(folder)[0](ids) + error, "logits")
+    monkeypatch.setitem(clients.CLIENTS, "torch", client)
+    monkeypatch.setattr(compare, "PEERS", tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".installed").touch()
+
+    def run(command, **_):
+        clients.answer(*command[2:])
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with compare.workspace(config) as space:
+        clients.write_ours(space)
+        assert clients.check("torch", space) == passed
+    assert ("passed" if passed else "FAILED") in capsys.readouterr().out

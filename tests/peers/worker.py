@@ -9,6 +9,7 @@ its peak memory in GB. TASK.json: see `compare.py`.
 
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -40,7 +41,8 @@ class Turns:
         else:
             self.say(end - self.start)
         if not sys.stdin.readline():
-            self.say(peak_memory())
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes
+            self.say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
             os._exit(0)  # also out of the Trainer's loop
         self.start = time.perf_counter()
 
@@ -48,18 +50,10 @@ class Turns:
         print(json.dumps(content), file=self.out, flush=True)
 
 
-def peak_memory() -> float:
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
 # --- the participants: each calls `turn` with its result after each call --------------------------
 
 
 def ours(task: dict, turn: Callable) -> None:
-    import workflow  # noqa: F401 (before torch)
     from workflow.analysis import prepare_for_generation
     from workflow.config.settings import TrainSettings
     from workflow.reference import load_exported
