@@ -9,7 +9,6 @@ its peak memory in GB. TASK.json: see `compare.py`.
 
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -41,6 +40,8 @@ class Turns:
         else:
             self.say(end - self.start)
         if not sys.stdin.readline():
+            import resource  # Windows has none
+
             unit = 1 if sys.platform == "darwin" else 1024  # bytes
             self.say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
             os._exit(0)  # also out of the Trainer's loop
