@@ -2,10 +2,11 @@
 
 Each program has its own process, and its own environment if its packages need one. All have the
 same weights, tokens, precision, threads and OpenMP settings. A row is only measured if the results
-agree: the loss of the first step, or the greedy tokens.
+agree: the losses of the first two steps, or the greedy tokens.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -37,7 +38,7 @@ STEP, GENERATION = "training step", "greedy generation"
 TRAINER, LITGPT, PLAIN = "transformers' Trainer", "litgpt", "plain loop"
 LLAMA_CPP = {"llama.cpp, F16": "F16", "llama.cpp, Q8_0": "Q8_0"}
 PROMPT = 16  # tokens
-LOSS_BOUND = 1e-3  # nats per token, of the first step
+LOSS_BOUND = 1e-3  # nats per token, of the first two steps
 # How much less likely than the best token the chosen one is, on average, for our float32 model.
 # Rounding to 8 bits chooses another token only if two are close; a wrong model is off by nats.
 TOKENS_BOUND = 0.05  # nats
@@ -114,7 +115,7 @@ def command(case: Case, space: Workspace) -> list[Any]:
 
 @contextmanager
 def program(case: Case, command: list) -> Iterator[tuple[Any, Callable[[bool], float]]]:
-    """Starts a program. Gives its first result, and a function as `bench.worker_process` does."""
+    """Starts a program. Gives its first results, and a function as `bench.worker_process` does."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stderr=errors, **pipes)
@@ -153,11 +154,11 @@ def regret(model: LlamaModel, prompt: list[int], tokens: list[int]) -> float:
 def check_results(case: Case, space: Workspace, ours: Any, theirs: Any) -> None:
     """Raises WorkflowError if a program has computed something else."""
     if case.task == STEP:
-        value, bound = abs(ours - theirs), LOSS_BOUND
+        value, bound = max(abs(a - b) for a, b in zip(ours, theirs)), LOSS_BOUND
     else:
         texts, bound = [*ours, *theirs], TOKENS_BOUND
         value = max(regret(space.model, space.ids[:PROMPT], tokens) for tokens in texts)
-        value = value if {len(tokens) for tokens in texts} == {case.length} else float("nan")
+        value = value if {len(tokens) for tokens in texts} == {case.length} else math.nan
     if not value <= bound:
         what = f"the results differ by {value:.4f} nats; at most {bound} is allowed"
         raise WorkflowError(case, what, "another model is no comparison")

@@ -27,7 +27,7 @@ async function generate() {
     }
 }
 
-say([await generate()]);
+say([await generate(), await generate()]);
 for await (const _ of createInterface({ input: process.stdin })) {
     const start = performance.now();
     await generate();

@@ -2,9 +2,9 @@
 
     python tests/peers/worker.py NAME TASK.json
 
-After its first call it prints its result as JSON: the loss of the training step, or the tokens that
-were generated. Then, for each line of stdin, the seconds of one more call; and at the end of stdin
-its peak memory in GB. TASK.json: see `compare.py`.
+After two calls it prints their results as JSON: the losses of training steps (the second depends on
+the update of the first), or the generated tokens. Then, for each line of stdin, the seconds of one
+more call; and at the end of stdin its peak memory in GB. TASK.json: see `compare.py`.
 """
 
 import json
@@ -31,14 +31,17 @@ class Turns:
     def __init__(self):
         self.out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # what a library prints goes to stderr
-        self.start = None
+        self.results, self.start = [], 0.0
 
     def __call__(self, result: Any) -> None:
-        end = time.perf_counter()
-        if self.start is None:
-            self.say(float(result) if isinstance(result, torch.Tensor) else result)
+        seconds = time.perf_counter() - self.start
+        if len(self.results) == 2:
+            self.say(seconds)
         else:
-            self.say(end - self.start)
+            self.results.append(float(result) if isinstance(result, torch.Tensor) else result)
+            if len(self.results) == 1:
+                return
+            self.say(self.results)
         if not sys.stdin.readline():
             import resource  # Windows has none
 
@@ -65,7 +68,7 @@ def ours(task: dict, turn: Callable) -> None:
         model = prepare_for_generation(model, getattr(torch, task["precision"]))
         prompt = torch.tensor(task["ids"])
         while True:
-            turn(torch.stack(list(model.stream(prompt, task["new_tokens"])), dim=1).tolist())
+            turn(torch.cat(list(model.stream(prompt, task["new_tokens"]))).tolist())
     hardware.prepare_device(device := torch.device("cpu"))
     settings = TrainSettings.model_validate_json(json.dumps(task["settings"]))  # lists to tuples
     step = TrainStep(model, settings, device)
@@ -82,7 +85,7 @@ def transformers_generation(task: dict, turn: Callable) -> None:
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     options |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": count}
     while True:
-        turn(model.generate(prompt, **options)[:, -count:].tolist())
+        turn(model.generate(prompt, **options)[0, -count:].tolist())
 
 
 def trainer(task: dict, turn: Callable) -> None:
