@@ -7,6 +7,7 @@ agree: the losses of the first two steps, or the greedy tokens.
 
 import json
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -128,12 +129,11 @@ def program(case: Case, command: list) -> Iterator[tuple[Any, Callable[[bool], f
             raise WorkflowError(case, f"it ended: {last}", "start it alone, with --only")
 
         def call(again: bool) -> float:
+            if not again:
+                return peak_memory(process.pid)
             with suppress(BrokenPipeError):  # `answer` reports why it ended
-                if again:
-                    process.stdin.write("\n")
-                    process.stdin.flush()
-                else:
-                    process.stdin.close()
+                process.stdin.write("\n")
+                process.stdin.flush()
             return answer()
 
         try:
@@ -141,6 +141,13 @@ def program(case: Case, command: list) -> Iterator[tuple[Any, Callable[[bool], f
         finally:
             process.kill()
             process.wait()
+
+
+def peak_memory(pid: int) -> float:
+    """In GB, on Linux. `getrusage` of a program would begin with the memory of this process."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    return int(found[1]) * 1024 / 1e9 if found else math.nan
 
 
 @torch.no_grad()
@@ -154,13 +161,14 @@ def regret(model: LlamaModel, prompt: list[int], tokens: list[int]) -> float:
 def check_results(case: Case, space: Workspace, ours: Any, theirs: Any) -> None:
     """Raises WorkflowError if a program has computed something else."""
     if case.task == STEP:
-        value, bound = max(abs(a - b) for a, b in zip(ours, theirs)), LOSS_BOUND
+        differences, bound = [abs(a - b) for a, b in zip(ours, theirs)], LOSS_BOUND
     else:
         texts, bound = [*ours, *theirs], TOKENS_BOUND
-        value = max(regret(space.model, space.ids[:PROMPT], tokens) for tokens in texts)
-        value = value if {len(tokens) for tokens in texts} == {case.length} else math.nan
-    if not value <= bound:
-        what = f"the results differ by {value:.4f} nats; at most {bound} is allowed"
+        differences = [regret(space.model, space.ids[:PROMPT], tokens) for tokens in texts]
+        differences += [math.inf for tokens in texts if len(tokens) != case.length]
+    if not all(difference <= bound for difference in differences):  # also NaN
+        found = ", ".join(f"{difference:.4f}" for difference in differences)
+        what = f"the results differ by {found} nats; at most {bound} is allowed"
         raise WorkflowError(case, what, "another model is no comparison")
 
 
@@ -187,6 +195,9 @@ def versions() -> str:
 def report(config: Config, rounds: int, only: str) -> int:
     """Prints date, machine, versions and a Markdown table. The number of rows that failed."""
     chosen = [pair for pair in cases() if only in f"{pair[0]}; {pair[1].variant}"]
+    if not chosen:
+        rows = "; ".join(f"{case}; {other.variant}" for case, other in cases())
+        raise WorkflowError(f"--only {only}", "no row has this name", f"rows: {rows}")
     generates = any(case.task == GENERATION for case, _ in chosen)
     machine, ours, _ = bench.heading(config)
     print(machine, f"{ours}, {versions()}", "", bench.HEADER, "|---" * 7 + "|", sep="\n")
@@ -211,7 +222,11 @@ def main() -> int:
     parser.add_argument("--only", metavar="WORDS", default="", help="only rows with these words")
     options = parser.parse_args()
     raise_on_signals()
-    return int(report(load_config(profile=options.profile), options.rounds, options.only) > 0)
+    try:
+        failed = report(load_config(profile=options.profile), options.rounds, options.only)
+    except WorkflowError as error:
+        sys.exit(f"error: {error}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

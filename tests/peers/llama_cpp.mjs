@@ -33,5 +33,4 @@ for await (const _ of createInterface({ input: process.stdin })) {
     await generate();
     say((performance.now() - start) / 1000);
 }
-say(process.resourceUsage().maxRSS * 1024 / 1e9);
 process.exit();

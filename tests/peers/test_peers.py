@@ -1,6 +1,7 @@
 """The programs of `make bench-peers` compute the same; a row of another model is refused."""
 
 import dataclasses
+import math
 import re
 import subprocess
 
@@ -70,7 +71,7 @@ def test_results_of_another_model_are_refused(config, reference):
     compare.check_results(step, space, [4.0, 3.5], [4.0009, 3.5])
     other = [*best[:3], (best[3] + 1) % 50]
     refused = [(generation, [best], [best[:3]]), (generation, [best], [other])]
-    refused += [(step, [4.0, 3.5], [4.0, 3.5011])]
+    refused += [(step, [4.0, 3.5], [4.0, other]) for other in (3.5011, math.nan)]
     for case, *results in refused:
         with pytest.raises(WorkflowError, match="the results differ"):
             compare.check_results(case, space, *results)

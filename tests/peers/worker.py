@@ -4,7 +4,7 @@
 
 After two calls it prints their results as JSON: the losses of training steps (the second depends on
 the update of the first), or the generated tokens. Then, for each line of stdin, the seconds of one
-more call; and at the end of stdin its peak memory in GB. TASK.json: see `compare.py`.
+more call. TASK.json: see `compare.py`.
 """
 
 import json
@@ -43,10 +43,6 @@ class Turns:
                 return
             self.say(self.results)
         if not sys.stdin.readline():
-            import resource  # Windows has none
-
-            unit = 1 if sys.platform == "darwin" else 1024  # bytes
-            self.say(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
             os._exit(0)  # also out of the Trainer's loop
         self.start = time.perf_counter()
 
