@@ -38,7 +38,7 @@ class Turns:
         if len(self.results) == 2:
             self.say(seconds)
         else:
-            self.results.append(float(result) if isinstance(result, torch.Tensor) else result)
+            self.results.append(result.item() if isinstance(result, torch.Tensor) else result)
             if len(self.results) == 1:
                 return
             self.say(self.results)
