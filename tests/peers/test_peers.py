@@ -1,0 +1,96 @@
+"""The programs of `make bench-peers` compute the same; a row of another model is refused."""
+
+import dataclasses
+import math
+import re
+import subprocess
+
+import pytest
+import torch
+
+import clients
+import compare
+import plain
+from SmolLm3 import LlamaModel, load_hf_weights
+from workflow.errors import WorkflowError
+from workflow.reference import load_exported
+from workflow.tools.bench import OURS, Case, random_tokens
+from workflow.training import TrainStep
+
+STEPS = 3
+
+
+def test_the_plain_loop_has_the_losses_of_our_training_step(config, reference):
+    tokens = random_tokens(reference.config.vocab_size, 2, 17)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    changes = {"batch_size": 2, "sequence_length": 16, "warmup_steps": 0}
+    settings, losses = config.train.model_copy(update=changes), []
+
+    def turn(loss: torch.Tensor) -> None:
+        losses.append(loss.item())
+        if len(losses) == STEPS:
+            raise StopIteration
+
+    model = plain.GPT(vars(reference.config), reference.state_dict)
+    with pytest.raises(StopIteration):
+        plain.train(lambda: model(inputs, targets), model, settings.model_dump(), turn)
+    load_hf_weights(copy := LlamaModel(reference.config), reference.state_dict)
+    step = TrainStep(copy, settings, torch.device("cpu"))
+    ours = [(step(0, inputs, targets), step.metrics()[0]["loss"])[1] for _ in range(STEPS)]
+    assert losses == pytest.approx(ours, abs=1e-5) and losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_a_program_that_computes_something_else_or_is_missing_has_no_row(
+    config, tmp_path, monkeypatch, capsys
+):
+    ours, same = (Case(compare.STEP, 2, 16, name) for name in (OURS, compare.PLAIN))
+    shorter, missing = dataclasses.replace(same, length=8), Case("", 1, 8, compare.LITGPT)
+    monkeypatch.setattr(compare, "cases", lambda: [(ours, x) for x in (same, shorter, missing)])
+    monkeypatch.setattr(compare, "PEERS", tmp_path)
+    assert compare.report(config, 2, "") == 1
+    out, err = capsys.readouterr()
+    assert re.match(r"20\d\d-\d\d-\d\d; .* threads; float32\ntorch .*, litgpt [\d.]+", out)
+    numbers = (
+        r"[\d.]+ \| plain loop \| [\d.]+ \| [\d.]+ \([\d.]+ to [\d.]+\) \| [\d.]+ \| [\d.]+ \|"
+    )
+    *_, row = out.splitlines()
+    assert re.fullmatch(rf"\| training step, 2 × 16 tokens, this project \| {numbers}", row)
+    assert "8 tokens, plain loop: the results differ by" in err
+    assert "skipped: litgpt: it is not installed" in err
+
+
+def test_results_of_another_model_are_refused(config, reference):
+    load_hf_weights(model := LlamaModel(reference.config), reference.state_dict)
+    model.embed_tokens.weight.data *= 30  # else all tokens are about as likely
+    prompt = random_tokens(reference.config.vocab_size, 1, compare.PROMPT)
+    space = compare.Workspace(None, config, model, prompt[0].tolist())
+    (best,) = model.generate(prompt, 4)[:, compare.PROMPT :].tolist()
+    generation, step = (Case(task, 1, 4) for task in (compare.GENERATION, compare.STEP))
+    compare.check_results(generation, space, [best], [best])
+    compare.check_results(step, space, [4.0, 3.5], [4.0009, 3.5])
+    other = [*best[:3], (best[3] + 1) % 50]
+    refused = [(generation, [best], [best[:3]]), (generation, [best], [other])]
+    refused += [(step, [4.0, 3.5], [4.0, other]) for other in (3.5011, math.nan)]
+    for case, *results in refused:
+        with pytest.raises(WorkflowError, match="the results differ"):
+            compare.check_results(case, space, *results)
+
+
+@pytest.mark.parametrize(("error", "passed"), [(0.0, True), (2e-4, False), (float("nan"), False)])
+def test_a_client_with_other_logits_fails(config, tmp_path, monkeypatch, capsys, error, passed):
+    client = ("here", lambda folder, ids: load_exported(folder)[0](ids) + error, "logits")
+    monkeypatch.setitem(clients.CLIENTS, "torch", client)
+    monkeypatch.setattr(compare, "PEERS", tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / ".installed").touch()
+
+    def run(command, **_):
+        clients.answer(*command[2:])
+        return subprocess.CompletedProcess(command, 0, capsys.readouterr().out)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with compare.workspace(config) as space:
+        clients.write_ours(space)
+        assert clients.check("torch", space) == passed
+    assert ("passed" if passed else "FAILED") in capsys.readouterr().out
