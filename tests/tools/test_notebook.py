@@ -169,7 +169,7 @@ def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(
     write_cells(project, source + "load_config(overrides=['train.steps=-1'])", "%no")
     monkeypatch.setenv("SMOLLM_SET", "run.seed=1 train.steps=8")
     code, shown, error = here(*RUN, settings=["train.steps=9"])
-    changed = "changed: run.seed=1, train.steps=8, train.steps=9"
+    changed = "changed: run.seed=1, train.steps=9"  # what is in force
     assert f"Profile ci: set by SMOLLM_PROFILE; {changed}\n" in shown
     executed = nbformat.read(project / "runs" / "failed.ipynb", as_version=4)
     assert executed.cells[0].outputs[0].text == shown
