@@ -158,6 +158,7 @@ def test_a_stop_saves_at_the_next_safe_point(project, stop, code):
     assert saved_step(project) >= 30
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nohup"), reason="needs nohup")
 def test_after_nohup_a_run_goes_on_when_its_terminal_is_closed(project):
     with popen(project, ["nohup", *python_main("train", settings=LONG)]) as process:

@@ -1,9 +1,12 @@
 """The checks of torture.py, a few of each."""
 
 import lies
+import pytest
 
 import fuzz
 import torture
+
+pytestmark = pytest.mark.slow
 
 
 def test_runs_killed_at_any_event_lose_nothing_and_damaged_checkpoints_are_refused():

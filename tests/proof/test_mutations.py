@@ -82,6 +82,7 @@ def test_curves_are_loaded_only_for_the_same_weights_and_text(tmp_path):
     assert mutations.load_curves(tmp_path / "old.json", provenance) == curves
 
 
+@pytest.mark.slow
 def test_each_mutation_of_the_real_weights_fails_in_the_right_place(smollm2):
     model, ids = copy_reference(smollm2), encode_prompt(smollm2, LONG_PROMPT)[:, :48]
     with torch.no_grad():

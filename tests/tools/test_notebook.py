@@ -243,6 +243,7 @@ def test_a_signal_reaches_the_kernel_which_saves_and_the_next_run_continues(here
     assert list(read_losses(project)) == list(range(1, 601))
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_kernel_that_does_not_stop(project):
     source = """
 import time

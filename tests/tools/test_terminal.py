@@ -144,6 +144,7 @@ def other_system(tmp_path_factory) -> dict[str, str]:
     return variables | {"PYTHONPATH": str(folder)}
 
 
+@pytest.mark.slow
 def test_commands_work_without_fcntl_resource_links_fork_and_utf_8(project, other_system):
     commands = [
         ["train", *options(*SHORT)],
@@ -159,6 +160,7 @@ def test_commands_work_without_fcntl_resource_links_fork_and_utf_8(project, othe
     assert done.stdout.splitlines()[-1] == "[0, 0, 0, 0, 0, 0]", done.stderr
 
 
+@pytest.mark.slow
 def test_all_tests_can_be_collected_without_fcntl_resource_and_fork(other_system):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = run_process(ROOT, command, **other_system)
@@ -174,6 +176,7 @@ def test_the_workflow_runs_on_three_systems():
     assert job["strategy"]["matrix"]["os"] == systems and job["runs-on"] == "${{ matrix.os }}"
 
 
+@pytest.mark.slow
 def test_nothing_but_the_notebook_shows_a_bar_on_stdout(project):
     done = run_process(project, python_main("train"))
     assert done.returncode == 0 and "Step: 20, Train Loss" in done.stdout

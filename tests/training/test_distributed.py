@@ -61,6 +61,7 @@ def test_each_process_has_its_own_gpu(monkeypatch):
     assert distributed.device_of_process(torch.device("cpu")) == torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_torchrun_with_two_processes_has_the_losses_of_one(tmp_path, reference):
     """Both resume a run at step 10: `resume` does not import transformers."""
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -83,6 +84,7 @@ def test_torchrun_with_two_processes_has_the_losses_of_one(tmp_path, reference):
     assert [state["environment"]["processes"] for state in (one, other)] == [1, 2]
 
 
+@pytest.mark.slow
 def test_after_a_killed_process_all_end_and_the_resume_is_exact(tmp_path, reference):
     """With four processes and two micro-batches each, the order of sums matters."""
     micro_batches = "train.micro_batch_size=1"
