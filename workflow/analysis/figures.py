@@ -206,7 +206,7 @@ def rotary_embedding(
 
 def grouped_query_attention(query_heads: int, key_value_heads: int, head_dim: int) -> Figure:
     """Which query heads share which head of keys and values."""
-    figure = Figure(2.8)
+    figure = Figure(3)
     axes, group = figure.subplots(), query_heads // key_value_heads
     for shared in range(key_value_heads):
         middle = (shared + 0.5) * group
@@ -220,7 +220,7 @@ def grouped_query_attention(query_heads: int, key_value_heads: int, head_dim: in
     cached, separate = 2 * key_value_heads * head_dim, 2 * query_heads * head_dim
     axes.set_xlabel(
         f"{query_heads} query heads share {key_value_heads} heads of keys and values, {head_dim} "
-        f"channels each: the cache has {cached} numbers per token and layer, not {separate}"
+        f"channels each:\nthe cache has {cached} numbers per token and layer, not {separate}"
     )
     axes.spines[:].set_visible(False)
     return figure
