@@ -56,11 +56,11 @@ def test_tensorboard_shows_histograms_the_config_and_both_losses_in_one_chart(tm
     logger.close()
     sizes = {"histograms": 0, "tensors": 0}
     events = EventAccumulator(str(tmp_path), size_guidance=sizes).Reload()
-    names = {"weights/weight", "weights/bias", "weights/large", "gradients/weight"}
-    assert set(events.Tags()["histograms"]) == names
-    (shown,) = events.Histograms("gradients/weight")
+    names = {f"tensor weights/{name}" for name in ("weight", "bias", "large")}
+    assert set(events.Tags()["histograms"]) == names | {"tensor gradients/weight"}
+    (shown,) = events.Histograms("tensor gradients/weight")
     assert (shown.step, shown.histogram_value.num) == (500, 600)
-    (sample,) = events.Histograms("weights/large")
+    (sample,) = events.Histograms("tensor weights/large")
     assert sample.histogram_value.num == -(-(2**19) // 9)
     assert sample.histogram_value.sum / sample.histogram_value.num == pytest.approx(0.5, abs=1e-3)
     (config,) = events.Tensors("config/text_summary")

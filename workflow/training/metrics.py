@@ -189,7 +189,8 @@ class MetricsLogger(InMemoryLogger):
             return
         with disk_errors(self.folder, FOLDER_KEY):
             for name, parameter in model.named_parameters():
-                for kind, values in (("weights", parameter), ("gradients", parameter.grad)):
+                gradient = ("tensor gradients", parameter.grad)
+                for kind, values in (("tensor weights", parameter), gradient):  # after the losses
                     if values is not None:
                         # an odd distance, so that the sample is not from a few channels only
                         flat, distance = values.detach().flatten(), values.numel() // 2**16 | 1
