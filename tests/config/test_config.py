@@ -97,6 +97,15 @@ def test_paths_of_the_yaml_are_expanded_too(tmp_path, monkeypatch):
     assert load_config(tmp_path / "my.yaml", "ci").paths.cache == Path("/home/me/cache")
 
 
+def test_a_key_that_only_the_profile_has_can_have_shares(tmp_path):
+    text = YAML.read_text("utf-8").replace("  learning_rate: 2e-5", "  # learning_rate", 1)
+    (tmp_path / "changed.yaml").write_text(text, "utf-8")
+    settings = load_config(tmp_path / "changed.yaml", "ci").train
+    assert (settings.learning_rate, settings.min_learning_rate) == (3e-3, pytest.approx(3e-4))
+    with pytest.raises(ConfigError, match=r"train\.learning_rate: this key is missing"):
+        load_config(tmp_path / "changed.yaml", "cpu")
+
+
 def test_model_selects_architecture_and_hub_id():
     for model, theta, context in (("SmolLM2-135M", 1e5, 8192), ("SmolLM-135M", 1e4, 2048)):
         config = load_config(YAML, "cpu", [f"model={model}"])

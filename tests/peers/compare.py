@@ -30,6 +30,7 @@ from workflow.errors import WorkflowError  # noqa: E402
 from workflow.reference import export, load_exported  # noqa: E402
 from workflow.reference.gguf_file import write_gguf  # noqa: E402
 from workflow.tools import bench  # noqa: E402
+from workflow.tools.arguments import at_least  # noqa: E402
 from workflow.tools.bench import BF16, OURS, THEIRS, Case  # noqa: E402
 from workflow.tools.models import open_reference  # noqa: E402
 from workflow.tools.terminal import raise_on_signals  # noqa: E402
@@ -217,15 +218,17 @@ def report(config: Config, rounds: int, only: str) -> int:
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="cpu")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--profile", default="cpu", help="of the settings (default: %(default)s)")
+    words = "pairs of calls in each row (default: %(default)s)"
+    parser.add_argument("--rounds", metavar="N", type=at_least(1), default=9, help=words)
     parser.add_argument("--only", metavar="WORDS", default="", help="only rows with these words")
     options = parser.parse_args()
     raise_on_signals()
     try:
         failed = report(load_config(profile=options.profile), options.rounds, options.only)
     except WorkflowError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return int(failed > 0)
 
 

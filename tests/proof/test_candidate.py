@@ -134,6 +134,13 @@ def test_a_mistake_is_named_by_the_logits_if_no_module_can_be_compared(judge):
     assert str(verdict.difference).startswith("logits, after embed_tokens, from position 1 on")
 
 
+@pytest.mark.parametrize("calls", range(3, 9))
+def test_a_model_that_becomes_wrong_later_does_not_pass(calls, judge):
+    lines = "n = 0", "def logits(model, ids):", "    global n", "    n, y = n + 1, model(ids)[0]"
+    source = "\n".join((variant(), *lines, f"    return y if n <= {calls} else y + y.flip(-1)"))
+    assert not judge(source).passed
+
+
 def test_nan_is_not_taken_for_dropout(judge):
     logits = "def logits(model, ids):\n    return model(ids)[0] * float('nan')"
     verdict = judge(f"{variant()}\n{logits}")

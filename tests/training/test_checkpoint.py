@@ -87,6 +87,7 @@ def test_the_newest_undamaged_checkpoint_is_loaded(tmp_path, state, capsys):
     for step in (900, 1000, 95):
         checkpoint.save(tmp_path / f"checkpoint_{step}.pt", state | {"step": step})
     (tmp_path / "checkpoint_1000.pt").write_bytes(b"half")
+    (tmp_path / "checkpoint_1100.pt").symlink_to("absent.pt")
     path, found = checkpoint.load_newest(tmp_path)
     assert (path.name, found["step"]) == ("checkpoint_900.pt", 900)
     assert "Skipped a damaged checkpoint" in capsys.readouterr().out
@@ -95,7 +96,7 @@ def test_the_newest_undamaged_checkpoint_is_loaded(tmp_path, state, capsys):
         checkpoint.load(tmp_path / "checkpoint_1000.pt")
     for step in (95, 900):
         (tmp_path / f"checkpoint_{step}.pt").write_bytes(b"half")
-    with pytest.raises(CheckpointError, match="all of its 3 checkpoints are damaged"):
+    with pytest.raises(CheckpointError, match="all of its 4 checkpoints are damaged"):
         checkpoint.load_newest(tmp_path)
 
 

@@ -240,7 +240,7 @@ def type_at(keys: Sequence[str]) -> Any:
 def check_tables(values: Mapping[str, Any], path: Path, causes: Mapping[str, str]) -> None:
     """Refuses what is wrong outside `models:`, which needs torch, whose import takes seconds."""
     tables = {key: table for key, table in values.items() if key not in ("models", "profile")}
-    validate(tables, path, causes, complete=False)  # the profile can add what is missing
+    validate(tables, path, causes, complete=False)
 
 
 def validate(
@@ -255,7 +255,9 @@ def validate(
     try:
         return Config.model_validate_json(text)
     except ValidationError as error:
-        errors = [e for e in error.errors() if complete or e["type"] != "missing"]
+        errors = error.errors()
+    if not complete:  # the profile can add what is missing, also for a share such as 10%
+        errors = [e for e in errors if e["type"] != "missing" and not str(e["input"]).endswith("%")]
     if not errors:
         return None
     # an unknown key is shown first: it is probably a misspelt missing key

@@ -89,7 +89,9 @@ def run_checks(comparison: Comparison) -> Iterator[Check]:
         yield from config_check(subject, reference)
         yield from weight_checks(subject, reference, reference.stored_weights())
         yield from tokenizer_check(subject, reference, c.text, all_ids)
-        yield from forward_pass_checks(subject, c.theirs, c.ids, c.limits)
+        for check in forward_pass_checks(subject, c.theirs, c.ids, c.limits):
+            c.logits_differ |= check.name == "logits match" and check.passed is False
+            yield check
         yield from loss_check(c)
         yield from eager_check(c)
     yield from gradient_check(c)

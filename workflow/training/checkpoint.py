@@ -255,7 +255,7 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for step in steps:
         try:
             return checkpoint_path(folder, step), _load(checkpoint_path(folder, step))
-        except DamagedError as error:
+        except (DamagedError, MissingError) as error:  # missing: a broken link
             print(f"Skipped a damaged checkpoint: {error.where}: {error.what}")
     if steps:
         what = f"all of its {len(steps)} checkpoints are damaged"
