@@ -61,7 +61,7 @@ format: setup
 bench: setup
 	@$(BIN)/python main.py bench --profile $(or $(PROFILE),cpu)
 
-# speed compared with other programs; takes a quarter of an hour; run nothing else meanwhile
+# speed compared with other programs; takes 20 minutes; run nothing else meanwhile
 bench-peers: setup llama-cpp $(PEERS)/litgpt/.installed
 	@$(BIN)/python tests/peers/compare.py
 # other programs load the exported model; their logits must equal ours

@@ -29,10 +29,10 @@ def test_the_plain_loop_has_the_losses_of_our_training_step(config, reference):
     def turn(loss: torch.Tensor) -> None:
         losses.append(loss.item())
         if len(losses) == STEPS:
-            raise StopIteration
+            raise StopIteration("enough steps")
 
     model = plain.GPT(vars(reference.config), reference.state_dict)
-    with pytest.raises(StopIteration):
+    with pytest.raises(StopIteration, match="enough steps"):
         plain.train(lambda: model(inputs, targets), model, settings.model_dump(), turn)
     load_hf_weights(copy := LlamaModel(reference.config), reference.state_dict)
     step = TrainStep(copy, settings, torch.device("cpu"))
