@@ -205,6 +205,7 @@ def test_a_run_is_resumed_through_links(here, trained, project):
         (4, ["train", "--set", "train.learning_rate=1e30"], "lower train.learning_rate"),
         (2, ["resume", "runs"], "no checkpoint in this folder"),
         (2, ["resume", "absent.pt"], "there is no such file"),
+        (3, ["resume", "x" * 300], "it cannot be read (File name too long)"),
         (2, ["generate", ""], "the prompt is empty, give at least one token; change the prompt"),
         (2, ["generate", "x", "--top-p", "2"], "top_p is 2.0, it must be above 0"),
         (2, ["generate", "x", "--tokens", "600"], "do not fit: the context is 512, the prompt 1"),

@@ -53,13 +53,13 @@ def settings(**changed):
 def test_folder_is_split_by_file_names(tmp_path, files, train, validation, capsys):
     folder = tmp_path / "data [v2]"
     folder.mkdir()
-    for name in (*files.split(), "other.jsonl"):
-        (folder / name).write_text("x")
+    for name in (*files.split(), "other.jsonl", "photo.png"):
+        (folder / name).write_text("x" * len(name) ** 3)
     source = find_source(settings(source=str(folder)))
     assert " ".join(file.name for file in source.train) == train
     assert " ".join(file.name for file in source.validation) == validation
     assert all(file.is_file() for file in source.train + source.validation)
-    note = f"Note: 1 files in {folder} are not used, for example other.jsonl\n"
+    note = f"Note: 2 files in {folder} are not used, for example other.jsonl\n"
     assert capsys.readouterr().out == note
 
 

@@ -67,6 +67,11 @@ def split_documents(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     yield rest.rstrip("\n"), True
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file of a folder is read, by its name."""
+    return path.name.lower().removesuffix(".gz").endswith((".txt", *TABLES))
+
+
 def table_format(path: Path) -> str | None:
     return TABLES.get(Path(path.name.lower().removesuffix(".gz")).suffix)
 

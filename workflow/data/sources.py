@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import metadata_load
 
 from workflow.config import DataSettings
+from workflow.data.documents import is_text
 from workflow.errors import DataError, SourceError
 from workflow.reference.hub import matching_files, short_cause, snapshot
 
@@ -102,7 +103,7 @@ def find_splits(folder: Path, name: str | None) -> dict[str, list[Path]]:
     with tempfile.TemporaryDirectory() as temporary:
         copies, root = {}, Path(temporary).resolve()
         for file in matching_files(folder, ["*"]):
-            if file.suffix.lower() == ".zip":  # `datasets` would open it
+            if not is_text(file):  # `datasets` would open archives and prefer large pictures
                 continue
             stem, dot, extensions = file.name.partition(".")
             copy = root / file.relative_to(folder).with_name(stem + dot + extensions.lower())

@@ -276,7 +276,7 @@ def find(path: Path, checkpoints: Path) -> tuple[Path, dict[str, Any]]:
                 return found
         if os.path.isdir(path):
             raise MissingError(path, "no checkpoint in this folder", "choose another folder")
-    while path.is_symlink() and path.is_file() and not (path.parent / TOKENIZER).is_file():
+    while os.path.islink(path) and not (path.parent / TOKENIZER).is_file() and path.is_file():
         path = path.parent / path.readlink()
     return path, load(path)
 
