@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 import warnings
@@ -130,12 +132,10 @@ def train_in_fork(
 
 def report_events(on_event: Callable) -> None:
     """Calls `on_event` before, during or after each write, sync, rename, backward and update."""
-    count = 0
+    numbers = itertools.count(1)
 
     def event(name: str) -> None:
-        nonlocal count
-        count += 1
-        on_event(count, name)
+        on_event(next(numbers), name)
 
     def wrap(owner, name: str) -> None:
         original = getattr(owner, name)
@@ -200,44 +200,34 @@ def kill_runs(workspace: Workspace, count: int, seed: int = 0) -> dict[str, int]
     """
     rng = random.Random(seed)
     undisturbed, started = workspace.subfolder("undisturbed"), time.perf_counter()
-    show = lambda _, name: os.write(1, f"event: {name}\n".encode())  # noqa: E731
-    _, printed = train_in_fork(undisturbed, show)
+    _, printed = train_in_fork(undisturbed, lambda _, name: print(f"event: {name}"))
     seconds, events = time.perf_counter() - started, re.findall(r"event: (.*)", printed)
     expected = results(undisturbed)
     spacing = max(1, round(len(events) / (count * 0.7)))
-    planned = list(range(1, len(events) + 1, spacing))[:count]
-    done = 0
+    plans, done = [[event] for event in range(1, len(events) + 1, spacing)], 0
     while done < count:
-        event = planned.pop(0) if planned else rng.randint(1, len(events))
-        run, processes, newest = workspace.subfolder("killed"), 0, 0
-        while True:
-            timed = not planned and rng.random() < 0.5
-            killer = kill_at(event, seconds * rng.random() if timed else None)
-            code, printed = train_in_fork(run, killer, processes)
+        moments = [(rng.randint(1, len(events)), seconds * rng.random()) for _ in range(4)]
+        kills = plans.pop(0) if plans else list(map(rng.choice, moments))[: count - done]
+        run, newest = workspace.subfolder("killed"), 0
+        for process, moment in enumerate([*kills, None]):
+            code, printed = train_in_fork(run, kill_at(moment), process)
             saved = re.findall(r"^Saved checkpoint_(\d+)\.pt", printed, re.MULTILINE)
-            processes += 1
             newest = newest_step(run, at_least=max(newest, *map(int, saved), 0))
             if code == 0:
                 break
             done += 1
-            again = not planned and processes < 5 and done < count
-            event = rng.randint(1, len(events)) if again else len(events) + 1
-        assert results(run) == expected, f"after {processes - 1} kills"
+        assert results(run) == expected, f"after {process} kills"
     return {"kills": done, "kinds of event": len(set(events)), "events": len(events)}
 
 
-def kill_at(event: int, seconds: float | None) -> Callable:
-    """Kills the process that calls it at `event`, or, if given, `seconds` after the first event."""
+def kill_at(moment: int | float | None) -> Callable:
+    """Kills the process that calls it at this event, or this many seconds after the first one."""
 
     def on_event(number: int, _: str) -> None:
-        if seconds is not None and number == 1:
-            parent = os.getpid()
-            if os.fork() == 0:
-                time.sleep(seconds)
-                os.kill(parent, signal.SIGKILL)
-                os._exit(0)
-        if seconds is None and number == event:
+        if number == moment:
             os.kill(os.getpid(), signal.SIGKILL)
+        if number == 1 and isinstance(moment, float):
+            subprocess.Popen(["sh", "-c", f"sleep {moment}; kill -KILL {os.getpid()}"])
 
     return on_event
 

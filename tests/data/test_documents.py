@@ -91,11 +91,6 @@ def test_articles_can_continue_in_the_next_file_but_complete_ones_are_not_joined
     assert read([table("a.jsonl", DOCUMENTS)]) == DOCUMENTS
 
 
-def test_file_name_is_not_a_pattern(table):
-    table("x1.jsonl", ["another"])
-    assert read([table("x[1].jsonl", ["one"])]) == ["one"]
-
-
 def test_documents_of_a_text_file_start_at_headings_also_in_a_gz_file(tmp_path):
     plain, packed = tmp_path / "a.txt", tmp_path / "a.txt.gz"
     plain.write_text("before\n\n" + "".join(ARTICLES))
