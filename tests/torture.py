@@ -328,6 +328,8 @@ def hostile_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     good = saved({"w": torch.zeros(1000)})
     yield "zip bomb", with_record(good, "archive/data/9", bytes(20_000_000), zipfile.ZIP_DEFLATED)
     yield "record twice", with_record(good, "archive/data/0", bytes(4000))
+    sizes = (4000).to_bytes(4, "little") * 2  # compressed and not, in the list of records
+    yield "records of 2 GB", good.replace(sizes, (2 * 10**9).to_bytes(4, "little") * 2)
     names = "archive/../../created", "/tmp/created", "archive\\..\\created", "other/data.pkl"
     for name in names:
         yield f"record {name}", with_record(good, name)
