@@ -10,7 +10,6 @@ from __future__ import annotations
 import builtins
 import io
 import itertools
-import json
 import logging
 import os
 import pickle
@@ -41,6 +40,7 @@ from workflow.errors import CheckpointError
 from workflow.files import sha256_of
 from workflow.reference.load import load_reference
 from workflow.training import checkpoint, open_run
+from workflow.training.metrics import read_log
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every purge
 STEPS = 14
@@ -180,8 +180,7 @@ def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]
     state = checkpoint.load(checkpoint.checkpoint_path(folder, workspace.steps))
     del state["log"], state["settings"]  # they have times, and folders, which differ
     (runs,) = config.paths.runs.iterdir()
-    rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "began" not in row]  # one for each process
+    rows = [row for row in read_log(runs / "metrics.jsonl") if "began" not in row]
     for row in rows:
         row.pop("tokens_per_second", None)
     board = EventAccumulator(str(runs), size_guidance={"scalars": 0}).Reload()

@@ -5,38 +5,13 @@ import math
 import re
 
 import pytest
-import torch
 
 import clients
 import compare
-import plain
 from SmolLm3 import LlamaModel, load_hf_weights
 from workflow.errors import WorkflowError
 from workflow.reference import load_exported
 from workflow.tools.bench import OURS, Case, random_tokens
-from workflow.training import TrainStep
-
-STEPS = 3
-
-
-def test_the_plain_loop_has_the_losses_of_our_training_step(config, reference):
-    tokens = random_tokens(reference.config.vocab_size, 2, 17)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    changes = {"batch_size": 2, "sequence_length": 16, "warmup_steps": 0}
-    settings, losses = config.train.model_copy(update=changes), []
-
-    def turn(loss: torch.Tensor) -> None:
-        losses.append(loss.item())
-        if len(losses) == STEPS:
-            raise StopIteration("enough steps")
-
-    model = plain.GPT(vars(reference.config), reference.state_dict)
-    with pytest.raises(StopIteration, match="enough steps"):
-        plain.train(lambda: model(inputs, targets), model, settings.model_dump(), turn)
-    load_hf_weights(copy := LlamaModel(reference.config), reference.state_dict)
-    step = TrainStep(copy, settings, torch.device("cpu"))
-    ours = [(step(0, inputs, targets), step.metrics()[0]["loss"])[1] for _ in range(STEPS)]
-    assert losses == pytest.approx(ours, abs=1e-5) and losses[-1] < losses[0]
 
 
 @pytest.mark.slow

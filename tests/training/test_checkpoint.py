@@ -1,5 +1,8 @@
 """Checkpoints are written atomically and verified when they are read."""
 
+import os
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -22,6 +25,16 @@ def test_an_earlier_version_is_read_with_the_new_names_of_settings(tmp_path, sta
     torch.save(old, tmp_path / "checkpoint_20.pt")
     expected = {"train": {"steps": 20, "max_grad_norm": 1.0}, "run": {"seed": 1}}
     assert checkpoint.load(tmp_path / "checkpoint_20.pt")["config"] == expected
+
+
+def test_a_checkpoint_is_synced_and_renamed_and_its_folder_is_synced(tmp_path, state, monkeypatch):
+    calls = Mock()
+    for name in ("fsync", "replace"):
+        getattr(calls, name).side_effect = getattr(os, name)
+        monkeypatch.setattr(os, name, getattr(calls, name))
+    checkpoint.save(tmp_path / "checkpoint_20.pt", state)
+    expected = ["fsync", "replace", "fsync"][: 3 if os.name == "posix" else 2]
+    assert [name for name, *_ in calls.mock_calls] == expected
 
 
 @pytest.mark.parametrize(

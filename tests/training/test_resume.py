@@ -71,50 +71,60 @@ def test_only_training_keys_and_random_states_can_be_allowed():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "value", "message"),
     [
-        (lambda s: s["optimizer"].update(kind="SGD"), "its optimizer is SGD, not AdamW"),
+        ("optimizer/kind", "SGD", "its optimizer is SGD, not AdamW"),
         (
-            lambda s: s["optimizer"]["param_groups"][1]["param_names"].pop(),
-            "has the parameter None instead of norm.weight",
+            "optimizer/param_groups/1/param_names",
+            [],
+            "the parameter None instead of layers.0.input",
         ),
-        (lambda s: s["optimizer"]["state"].pop(0), "has no moments of embed_tokens.weight"),
+        ("optimizer/state/0", {}, "has no moments of embed_tokens.weight"),
         (
-            lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
+            "optimizer/state/0/exp_avg",
+            torch.zeros(3),
             r"exp_avg of embed_tokens.weight is float32 \(3,\), expected float32 \(257, 32\)",
         ),
-        (lambda s: s["model"].pop("model.norm.weight"), "model.norm.weight is missing"),
+        ("model/more", torch.zeros(1), "more is extra"),
         (
-            lambda s: s["model"].update({"model.norm.weight": torch.ones(32).bfloat16()}),
+            "model/model.norm.weight",
+            torch.ones(32).bfloat16(),
             "norm.weight is torch.bfloat16, expected torch.float32",
         ),
         (
-            lambda s: s["random"].pop("python"),
-            "the random states python are missing; .* resume inexactly with --allow random",
+            "random",
+            {},
+            "the random states torch, cuda, numpy, python are missing; .* --allow random",
         ),
         (
-            lambda s: s["data"].pop("text_sha256"),
-            "data.text_sha256 is None in the checkpoint and 'ab' now; use the settings and files",
+            "data/text_sha256",
+            "x",
+            "data.text_sha256 is 'x' in the checkpoint and 'ab' now; use the",
         ),
-        (
-            lambda s: s["config"]["architecture"].update(rope_theta=5.0),
-            "config.architecture.rope_theta is 5.0 in the checkpoint and 10000.0 now; use the",
-        ),
+        ("config/architecture/rope_theta", 5.0, "rope_theta is 5.0 in the checkpoint and 10000.0"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path, change, message):
+def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path, place, value, message):
     state, model = copy.deepcopy(saved), new_model()
-    change(state)
+    *path, last = place.split("/")
+    part = state
+    for key in path:
+        part = part[int(key) if key.isdigit() else key]
+    part[int(last) if last.isdigit() else last] = value
     with pytest.raises(CheckpointError, match=message):
         resume.restore(tmp_path, state, EXPECTED, model, make_optimizer(model, CONFIG.train), ())
 
 
-def test_weights_and_moments_are_restored_and_the_optimizer_keeps_its_settings(saved, tmp_path):
+def test_weights_moments_and_random_states_are_restored_and_the_optimizer_keeps_its_settings(
+    saved, tmp_path
+):
     model = new_model()
     model.norm.weight.data.zero_()
+    torch.rand(1)
     changes = {"weight_decay": 0.7, "learning_rate": 0.5}
     optimizer = make_optimizer(model, CONFIG.train.model_copy(update=changes))
     resume.restore(tmp_path, saved, EXPECTED, model, optimizer, ())
+    assert torch.equal(torch.get_rng_state(), saved["random"]["torch"])
     assert all(torch.equal(saved["model"][name], t) for name, t in hf_state_dict(model).items())
     group = optimizer.param_groups[0]
     assert (group["weight_decay"], group["lr"]) == (0.7, 0.5)

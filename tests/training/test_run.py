@@ -112,10 +112,7 @@ def test_a_finished_run_is_replayed_and_not_trained_again(
     assert finished.sample in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", ["scratch", "reference"])
-def test_a_run_starts_with_the_initial_model(config, reference, init):
-    train = config.train.model_copy(update={"init": init})
-    config = config.model_copy(update={"train": train})
+def test_a_run_starts_with_the_initial_model(config, reference):
     state = torch.get_rng_state()
     model = initial_model(config, reference)
     assert torch.equal(state, torch.get_rng_state())
