@@ -1,6 +1,5 @@
 """Fixtures that several tests share. One thread: the models are tiny, the machine may be busy."""
 
-import io
 import json
 import os
 import shutil
@@ -9,11 +8,9 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-from unittest.mock import patch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those that it starts; before torch
 
@@ -91,6 +88,13 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+def enter(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """The copy of the project in `folder` becomes the project of this process."""
+    patch.chdir(folder)
+    patch.setattr(files, "PROJECT", folder)
+    patch.setenv("SMOLLM_PROFILE", "ci")
+
+
 @pytest.fixture
 def project(tmp_path) -> Path:
     """A copy of the project in an empty folder."""
@@ -101,9 +105,9 @@ def project(tmp_path) -> Path:
 def finished_run(tmp_path_factory) -> Path:
     """A copy of the project with a run of 20 steps and its checkpoints 10 and 20: do not change."""
     folder = copy_project(tmp_path_factory.mktemp("finished"))
-    silent = [f(io.TextIOWrapper(io.BytesIO())) for f in (redirect_stdout, redirect_stderr)]
-    with chdir(folder), patch("workflow.files.PROJECT", folder), silent[0], silent[1]:
-        assert main.main(["train", "--profile", "ci", *options(*SHORT)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, patch)
+        assert main.main(["train", *options(*SHORT)]) == 0
     return folder
 
 
@@ -136,8 +140,7 @@ def popen(folder: Path, command: Sequence[str], **environment: str) -> subproces
 def run_process(folder: Path, command: Sequence[str], **environment: str):
     """The same, up to its end; returns subprocess.CompletedProcess."""
     environment = os.environ | {"SMOLLM_PROFILE": "ci"} | environment
-    options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
-    options["errors"] = "replace"
+    options = {"cwd": folder, "env": environment, "capture_output": True, "errors": "replace"}
     return subprocess.run(command, timeout=300, **options)
 
 
@@ -209,9 +212,7 @@ def fork_main(
 @pytest.fixture
 def here(project, monkeypatch, capsys):
     """The same within this process, without new imports: exit code, results, notes and errors."""
-    monkeypatch.chdir(project)
-    monkeypatch.setattr("workflow.files.PROJECT", project)
-    monkeypatch.setenv("SMOLLM_PROFILE", "ci")
+    enter(project, monkeypatch)
 
     def run(*arguments: str, settings: Sequence[str] = ()) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -236,10 +237,10 @@ def refused(here):
     return run
 
 
-def read_losses(folder: Path, runs: str = "runs") -> dict[int, float]:
+def read_losses(folder: Path) -> dict[int, float]:
     """Step -> loss from the metrics.jsonl of the only run; no step may be in it twice."""
-    (file,) = folder.glob(f"{runs}/ci-[0-9a-f]*/metrics.jsonl")
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    steps = [row["step"] for row in rows if "loss" in row]
-    assert len(steps) == len(set(steps))
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+    (file,) = folder.glob("runs/ci-[0-9a-f]*/metrics.jsonl")
+    rows = map(json.loads, file.read_text().splitlines())
+    pairs = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    assert len(pairs) == len(dict(pairs))
+    return dict(pairs)

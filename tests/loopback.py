@@ -14,9 +14,8 @@ from huggingface_hub.utils import close_session
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LARGE = (".safetensors", ".parquet", ".gz")  # named after their sha256; others: git's hash
-PATHS = re.compile(
-    r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/(?P<call>revision|tree)/"
-    r"|/(?P<data>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/[\w.-]+/(?P<path>[^?]+)"
+PATHS = re.compile(  # repository, call, and path of a file
+    r"/(?:api/)?(?:models/)?((?:datasets/)?[^/]+/[^/]+)/(revision|tree|resolve)/[\w.-]+/?([^?]*)"
 )
 
 
@@ -88,20 +87,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve(self, hub: Hub, fault: str | None):
         match = PATHS.match(self.path)
-        parts = match.groupdict() if match else {}
-        prefix = "datasets/" if parts.get("kind") == "datasets" or parts.get("data") else ""
-        files = hub.repositories.get(f"{prefix}{parts.get('id') or parts.get('repo')}")
+        repository, call, path = match.groups() if match else ("", "", "")
+        files = hub.repositories.get(repository)
         if files is None:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif parts["call"] == "tree":
+        elif call == "tree":
             rows = [
                 {"type": "file", "path": path, "oid": etag(path, body), "size": len(body)}
                 for path, body in files.items()
             ]
             self.answer(200, json.dumps(rows).encode())
-        elif parts["call"] == "revision":
-            self.answer(200, json.dumps({"id": parts["id"], "sha": COMMIT}).encode())
-        elif (path := parts["path"]) in files:
+        elif call == "revision":
+            name = repository.removeprefix("datasets/")
+            self.answer(200, json.dumps({"id": name, "sha": COMMIT}).encode())
+        elif path in files:
             headers = {"ETag": f'"{etag(path, files[path])}"', "X-Repo-Commit": COMMIT}
             self.answer(200, files[path], headers, fault)
         else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 import io
-import json
+import itertools
 import logging
 import os
 import pickle
@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 import warnings
@@ -39,6 +40,7 @@ from workflow.errors import CheckpointError
 from workflow.files import sha256_of
 from workflow.reference.load import load_reference
 from workflow.training import checkpoint, open_run
+from workflow.training.metrics import read_log
 
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it reports every purge
 STEPS = 14
@@ -130,12 +132,10 @@ def train_in_fork(
 
 def report_events(on_event: Callable) -> None:
     """Calls `on_event` before, during or after each write, sync, rename, backward and update."""
-    count = 0
+    numbers = itertools.count(1)
 
     def event(name: str) -> None:
-        nonlocal count
-        count += 1
-        on_event(count, name)
+        on_event(next(numbers), name)
 
     def wrap(owner, name: str) -> None:
         original = getattr(owner, name)
@@ -180,8 +180,7 @@ def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]
     state = checkpoint.load(checkpoint.checkpoint_path(folder, workspace.steps))
     del state["log"], state["settings"]  # they have times, and folders, which differ
     (runs,) = config.paths.runs.iterdir()
-    rows = [json.loads(line) for line in (runs / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "began" not in row]  # one for each process
+    rows = [row for row in read_log(runs / "metrics.jsonl") if "began" not in row]
     for row in rows:
         row.pop("tokens_per_second", None)
     board = EventAccumulator(str(runs), size_guidance={"scalars": 0}).Reload()
@@ -200,44 +199,34 @@ def kill_runs(workspace: Workspace, count: int, seed: int = 0) -> dict[str, int]
     """
     rng = random.Random(seed)
     undisturbed, started = workspace.subfolder("undisturbed"), time.perf_counter()
-    show = lambda _, name: os.write(1, f"event: {name}\n".encode())  # noqa: E731
-    _, printed = train_in_fork(undisturbed, show)
+    _, printed = train_in_fork(undisturbed, lambda _, name: print(f"event: {name}"))
     seconds, events = time.perf_counter() - started, re.findall(r"event: (.*)", printed)
     expected = results(undisturbed)
     spacing = max(1, round(len(events) / (count * 0.7)))
-    planned = list(range(1, len(events) + 1, spacing))[:count]
-    done = 0
+    plans, done = [[event] for event in range(1, len(events) + 1, spacing)], 0
     while done < count:
-        event = planned.pop(0) if planned else rng.randint(1, len(events))
-        run, processes, newest = workspace.subfolder("killed"), 0, 0
-        while True:
-            timed = not planned and rng.random() < 0.5
-            killer = kill_at(event, seconds * rng.random() if timed else None)
-            code, printed = train_in_fork(run, killer, processes)
+        moments = [(rng.randint(1, len(events)), seconds * rng.random()) for _ in range(4)]
+        kills = plans.pop(0) if plans else list(map(rng.choice, moments))[: count - done]
+        run, newest = workspace.subfolder("killed"), 0
+        for process, moment in enumerate([*kills, None]):
+            code, printed = train_in_fork(run, kill_at(moment), process)
             saved = re.findall(r"^Saved checkpoint_(\d+)\.pt", printed, re.MULTILINE)
-            processes += 1
             newest = newest_step(run, at_least=max(newest, *map(int, saved), 0))
             if code == 0:
                 break
             done += 1
-            again = not planned and processes < 5 and done < count
-            event = rng.randint(1, len(events)) if again else len(events) + 1
-        assert results(run) == expected, f"after {processes - 1} kills"
+        assert results(run) == expected, f"after {process} kills"
     return {"kills": done, "kinds of event": len(set(events)), "events": len(events)}
 
 
-def kill_at(event: int, seconds: float | None) -> Callable:
-    """Kills the process that calls it at `event`, or, if given, `seconds` after the first event."""
+def kill_at(moment: int | float | None) -> Callable:
+    """Kills the process that calls it at this event, or this many seconds after the first one."""
 
     def on_event(number: int, _: str) -> None:
-        if seconds is not None and number == 1:
-            parent = os.getpid()
-            if os.fork() == 0:
-                time.sleep(seconds)
-                os.kill(parent, signal.SIGKILL)
-                os._exit(0)
-        if seconds is None and number == event:
+        if number == moment:
             os.kill(os.getpid(), signal.SIGKILL)
+        if number == 1 and isinstance(moment, float):
+            subprocess.Popen(["sh", "-c", f"sleep {moment}; kill -KILL {os.getpid()}"])
 
     return on_event
 
@@ -338,6 +327,8 @@ def hostile_files(folder: Path) -> Iterator[tuple[str, bytes]]:
     good = saved({"w": torch.zeros(1000)})
     yield "zip bomb", with_record(good, "archive/data/9", bytes(20_000_000), zipfile.ZIP_DEFLATED)
     yield "record twice", with_record(good, "archive/data/0", bytes(4000))
+    sizes = (4000).to_bytes(4, "little") * 2  # compressed and not, in the list of records
+    yield "records of 2 GB", good.replace(sizes, (2 * 10**9).to_bytes(4, "little") * 2)
     names = "archive/../../created", "/tmp/created", "archive\\..\\created", "other/data.pkl"
     for name in names:
         yield f"record {name}", with_record(good, name)

@@ -69,12 +69,6 @@ def test_token_file_is_written_once_per_text_and_again_if_damaged(load, tmp_path
     assert other.read_bytes() == expected
 
 
-def test_text_shorter_than_a_sequence_is_refused(load, text):
-    text.write_text("short")
-    with pytest.raises(DataError, match="5 tokens to train on, one sequence needs 33"):
-        load(text)
-
-
 def test_validation_split_of_the_source_is_used_completely(load, text, tmp_path):
     held_out = tmp_path / "valid.txt"
     held_out.write_text("other words " * 9)

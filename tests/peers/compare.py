@@ -46,10 +46,6 @@ LOSS_BOUND = 1e-3  # nats per token, of the first two steps
 TOKENS_BOUND = 0.05  # nats
 
 
-class NotInstalled(WorkflowError):
-    """A program is not there: its rows are skipped."""
-
-
 @dataclass(frozen=True)
 class Workspace:
     """What all programs get: the exported original, a text, and our settings."""
@@ -64,12 +60,15 @@ class Workspace:
         generates, size, length = case.task == GENERATION, case.batch_size, case.length
         changes = {"batch_size": size, "sequence_length": length, "warmup_steps": 0}
         changes |= {"micro_batch_size": None, "compile": False, "precision": "float32"}
-        settings = self.config.train.model_copy(update=changes).model_dump(mode="json")
         width = PROMPT if generates else length + 1
-        task = {"folder": str(self.folder), "settings": settings}
-        task |= {"threads": torch.get_num_threads(), "new_tokens": length if generates else 0}
-        task |= {"precision": "bfloat16" if BF16 in case.variant else "float32"}
-        task |= {"ids": [self.ids[i * width : (i + 1) * width] for i in range(size)]}
+        task = {
+            "folder": str(self.folder),
+            "settings": self.config.train.model_copy(update=changes).model_dump(mode="json"),
+            "threads": torch.get_num_threads(),
+            "new_tokens": length if generates else 0,
+            "precision": "bfloat16" if BF16 in case.variant else "float32",
+            "ids": [self.ids[i * width : (i + 1) * width] for i in range(size)],
+        }
         path = self.folder / f"{case.variant}.json"
         path.write_text(json.dumps(task), "utf-8")
         return path
@@ -102,16 +101,19 @@ def workspace(config: Config, gguf: tuple[str, ...] = ()) -> Iterator[Workspace]
         yield Workspace(folder, config, load_exported(folder)[0], ids)
 
 
+def packages(case: Case) -> Path | None:
+    """The folder with the packages of a program; None if it runs in our environment."""
+    if case.variant in LLAMA_CPP:
+        return NODE
+    return PEERS / LITGPT if case.variant == LITGPT else None
+
+
 def command(case: Case, space: Workspace) -> list[Any]:
-    """The command that starts a program. Raises NotInstalled."""
-    task, fix = space.write_task(case), "type: make bench-peers"
-    kind = LLAMA_CPP.get(case.variant)
-    needed = NODE if kind else PEERS / LITGPT if case.variant == LITGPT else None
-    if needed and not (needed / ".installed").is_file():
-        raise NotInstalled(case.variant, "it is not installed", fix)
-    if kind:
+    """The command that starts a program."""
+    task, folder = space.write_task(case), packages(case)
+    if kind := LLAMA_CPP.get(case.variant):
         return ["node", HERE / "llama_cpp.mjs", NODE, space.folder / f"{kind}.gguf", task]
-    python = needed / "bin" / "python" if needed else sys.executable
+    python = folder / "bin" / "python" if folder else sys.executable
     return [python, HERE / "worker.py", case.variant, task]
 
 
@@ -175,10 +177,9 @@ def check_results(case: Case, space: Workspace, ours: Any, theirs: Any) -> None:
 
 def measure(case: Case, other: Case, space: Workspace, rounds: int) -> str:
     """The Markdown row of two programs, which take turns."""
-    commands = [command(each, space) for each in (case, other)]
     with (
-        program(case, commands[0]) as (ours, call),
-        program(other, commands[1]) as (theirs, call_other),
+        program(case, command(case, space)) as (ours, call),
+        program(other, command(other, space)) as (theirs, call_other),
     ):
         check_results(other, space, ours, theirs)
         return bench.compare(case, other, call, call_other, rounds)
@@ -205,11 +206,12 @@ def report(config: Config, rounds: int, only: str) -> int:
     failed = 0
     with workspace(config, tuple(LLAMA_CPP.values()) if generates else ()) as space:
         for case, other in chosen:
+            if (folder := packages(other)) and not (folder / ".installed").is_file():
+                print(f"skipped: {other.variant} is not installed", file=sys.stderr)
+                continue
             print(f"measuring {case}; {other.variant}", file=sys.stderr)
             try:
                 print(measure(case, other, space, rounds), flush=True)
-            except NotInstalled as error:
-                print(f"skipped: {error}", file=sys.stderr)
             except WorkflowError as error:
                 failed += 1
                 print(f"error: {error}", file=sys.stderr)
@@ -218,14 +220,13 @@ def report(config: Config, rounds: int, only: str) -> int:
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="cpu", help="of the settings (default: %(default)s)")
     words = "pairs of calls in each row (default: %(default)s)"
     parser.add_argument("--rounds", metavar="N", type=at_least(1), default=9, help=words)
     parser.add_argument("--only", metavar="WORDS", default="", help="only rows with these words")
     options = parser.parse_args()
     raise_on_signals()
     try:
-        failed = report(load_config(profile=options.profile), options.rounds, options.only)
+        failed = report(load_config(profile="cpu"), options.rounds, options.only)
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -106,14 +106,13 @@ def test_after_a_killed_process_all_end_and_the_resume_is_exact(tmp_path, refere
     assert sha256_of(checkpoint.flatten(states[0])) == sha256_of(checkpoint.flatten(states[1]))
 
 
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, reference, number, exit_code):
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, reference):
     endless = "train.steps=4000", "train.checkpoint_every=4000"
     ranks = fork_ranks(2, command("train", tmp_path, *endless))
     ranks[0].wait_for("Step: 3,")
-    ranks[1].send_signal(number)
+    ranks[1].send_signal(signal.SIGTERM)
     (code, printed), (other_code, _) = [rank.finish() for rank in ranks]
-    assert code == other_code == exit_code
+    assert code == other_code == 143
     (step,) = re.findall(r"Saved checkpoint_(\d+)\.pt", printed)
     assert len(read_losses(tmp_path)) == int(step) >= 3
 

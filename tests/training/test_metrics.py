@@ -62,7 +62,6 @@ def test_tensorboard_shows_histograms_the_config_and_both_losses_in_one_chart(tm
     assert (shown.step, shown.histogram_value.num) == (500, 600)
     (sample,) = events.Histograms("tensor weights/large")
     assert sample.histogram_value.num == -(-(2**19) // 9)
-    assert sample.histogram_value.sum / sample.histogram_value.num == pytest.approx(0.5, abs=1e-3)
     (config,) = events.Tensors("config/text_summary")
     assert b'"seed": 1' in config.tensor_proto.string_val[0]
     (charts,) = events.Tensors("custom_scalars__config__")

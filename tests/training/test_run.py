@@ -4,7 +4,6 @@ import shutil
 import signal
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,9 +30,12 @@ from workflow.training.metrics import StepTrace
 from workflow.training.resume import code_sha256
 
 
+def corpus_of(config, reference):
+    return load_corpus(config, reference.tokenizer.backend_tokenizer, reference.end_of_text)
+
+
 def opened(config, reference) -> Run:
-    tokenizer = reference.tokenizer.backend_tokenizer
-    return open_run(config, reference, load_corpus(config, tokenizer, reference.end_of_text))
+    return open_run(config, reference, corpus_of(config, reference))
 
 
 def trained(run: Run, max_steps: int) -> Run:
@@ -110,10 +112,7 @@ def test_a_finished_run_is_replayed_and_not_trained_again(
     assert finished.sample in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", ["scratch", "reference"])
-def test_a_run_starts_with_the_initial_model(config, reference, init):
-    train = config.train.model_copy(update={"init": init})
-    config = config.model_copy(update={"train": train})
+def test_a_run_starts_with_the_initial_model(config, reference):
     state = torch.get_rng_state()
     model = initial_model(config, reference)
     assert torch.equal(state, torch.get_rng_state())
@@ -143,33 +142,29 @@ def test_settings_that_change_no_numbers_may_change_in_a_run(config, reference, 
         "run": {"device": "auto"},
     }
     other = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
-    capsys.readouterr()
     run = opened(config.model_copy(update=other), reference)
-    printed = capsys.readouterr().out
-    assert run.global_step == 10
     words = "Note: saved on {'micro_batch_size': None}, now on {'micro_batch_size': 1}: no longer"
-    assert words in printed
-    assert len(rows(trained(run, 20), "loss")) == 20
+    assert run.global_step == 10 and words in capsys.readouterr().out
+    run.close()
 
 
-@pytest.mark.parametrize("step", [3, 22])
 def test_interrupted_cells_of_the_notebook_can_be_run_again(
-    config, reference, finished, monkeypatch, capsys, step
+    config, reference, finished, monkeypatch, capsys
 ):
-    interrupt(monkeypatch, step)
     run = opened(config, reference)
-    with pytest.raises(KeyboardInterrupt, match=r"^$") if step == 3 else nullcontext():
+    interrupt(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
         trained(run, 20)
-    if step == 3:  # the step was finished and logged first
-        assert run.global_step == len(rows(run, "loss")) == 4
-        stopped = "Stopped at step 4, saved. Continue: run the same command again.\n"
-        assert stopped in capsys.readouterr().out
+    assert run.global_step == len(rows(run, "loss")) == 4  # the step was finished and logged first
+    stopped = "Stopped at step 4, saved. Continue: run the same command again.\n"
+    assert stopped in capsys.readouterr().out
     trained(run, 20).save()
-    if step == 22:
-        with pytest.raises(KeyboardInterrupt, match=r"^$"):
-            continue_uninterrupted(run, 25)
-        run.save()  # the cell before, run again: there is nothing to save
-        assert sorted(checkpoint.steps_in(run.directory.folder)) == [10, 20]
+
+    interrupt(monkeypatch, 22)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        continue_uninterrupted(run, 25)
+    run.save()  # the cell before, run again: there is nothing to save
+    assert checkpoint.steps_in(run.directory.folder) == [20, 10]
     assert continue_uninterrupted(run, 25) == finished.uninterrupted
 
     interrupt(monkeypatch, 23)
@@ -184,9 +179,7 @@ def test_interrupted_cells_of_the_notebook_can_be_run_again(
     run.close()
 
 
-@pytest.mark.parametrize(
-    ("then", "saved"), [("save", [5]), ("save_and_close", [5]), ("close", []), ("train", [6])]
-)
+@pytest.mark.parametrize(("then", "saved"), [("save", [5]), ("close", []), ("train", [6])])
 def test_ctrl_c_before_a_break_is_raised_by_the_next_call(config, reference, then, saved):
     run = opened(config, reference)
     for step in run.train(20):
@@ -202,7 +195,6 @@ def test_ctrl_c_before_a_break_is_raised_by_the_next_call(config, reference, the
 def test_a_run_opened_twice_in_one_process_is_saved_closed_and_continued(
     config, reference, finished
 ):
-    fcntl = pytest.importorskip("fcntl")
     first = opened(config, reference)
     for stop in (5, 7):  # a loop that was left with `break` can be started again
         for step in first.train(20):
@@ -210,12 +202,8 @@ def test_a_run_opened_twice_in_one_process_is_saved_closed_and_continued(
                 break
     again = opened(config, reference)
     assert again.global_step == 7
-    first.close()  # the lock now belongs to the other object
-    with (
-        open(again.directory.folder / ".lock") as lock,
-        pytest.raises(BlockingIOError, match="unavailable"),
-    ):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    first.close()
+    assert again.directory._lock.is_locked  # the lock now belongs to the other object
     for use in (lambda: trained(first, 20), lambda: first.sample("Once")):
         with pytest.raises(CheckpointError, match="it is closed; open it again"):
             use()
@@ -241,26 +229,6 @@ def test_a_damaged_checkpoint_is_skipped_and_written_again(config, reference, co
     trained(run, 25).save_and_close()
     assert run.trainer.weights_sha256() == finished.weights[25]
     assert checkpoint.load(path)["step"] == 25
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: state["optimizer"]["state"][0]["exp_avg"].zero_(),
-        lambda state: state["optimizer"]["state"][0]["exp_avg_sq"].mul_(2),
-        lambda state: state["optimizer"]["state"][0]["step"].zero_(),
-        lambda state: state["model"]["model.norm.weight"].add_(1e-3),
-    ],
-)
-def test_each_value_of_a_checkpoint_affects_the_resume(config, copied, finished, change):
-    (copied / "checkpoint_25.pt").unlink()
-    path = copied / "checkpoint_20.pt"
-    state = checkpoint.load(path)
-    change(state)
-    checkpoint.save(path, state)
-    run = trained(resume_run(path, config), 25)
-    assert run.trainer.weights_sha256() != finished.weights[25]
-    run.close()
 
 
 @pytest.fixture
@@ -308,8 +276,7 @@ def test_a_late_number_that_is_not_finite_stops_the_run_and_nothing_is_saved(
 
 
 def test_the_smoke_test_starts_at_the_loss_of_the_original_and_is_exact(config, reference):
-    tokenizer = reference.tokenizer.backend_tokenizer
-    corpus = load_corpus(config, tokenizer, reference.end_of_text)
+    corpus = corpus_of(config, reference)
     test = smoke_test(config, reference, corpus)
     inputs, targets = test.batches[0]
     expected = reference.model(inputs, labels=inputs, shift_labels=targets).loss.item()
@@ -321,10 +288,16 @@ def test_the_smoke_test_starts_at_the_loss_of_the_original_and_is_exact(config, 
     assert not list(folder.glob("events*"))  # TensorBoard shows only runs
 
 
+@pytest.mark.slow
+def test_the_smoke_test_of_the_real_model_is_exact(tmp_path, smollm2):
+    config = load_config(ROOT / "SmolLm3_Config.yaml", "cpu", overrides(tmp_path))
+    assert smoke_test(config, smollm2, corpus_of(config, smollm2)).exact
+
+
 def test_a_smoke_test_of_other_code_or_with_a_difference_is_repeated(
     config, reference, monkeypatch, capsys
 ):
-    corpus = load_corpus(config, reference.tokenizer.backend_tokenizer, reference.end_of_text)
+    corpus = corpus_of(config, reference)
     train = uninterrupted.train_uninterrupted
     with monkeypatch.context() as patch:
         wrong = {"weights_sha256": "wrong"}
@@ -332,38 +305,32 @@ def test_a_smoke_test_of_other_code_or_with_a_difference_is_repeated(
         assert not smoke_test(config, reference, corpus).exact
     assert smoke_test(config, reference, corpus).exact  # the wrong result was not kept
     (file,) = config.paths.runs.glob("*/smoke_test.json")
-    for damage in (
-        lambda: replace(StepTrace.read(file), code="other").write(file),
-        file.with_name("uninterrupted.json").unlink,
-        lambda: file.write_text(file.read_text().replace("4.", "3.")),
-    ):
-        damage()
+    replace(StepTrace.read(file), code="other").write(file)
+    for words in ("it is of other code, or damaged, and is repeated", "read from its log"):
         capsys.readouterr()
         assert smoke_test(config, reference, corpus).exact
-        assert "it is of other code, or damaged, and is repeated" in capsys.readouterr().out
-    assert smoke_test(config, reference, corpus).exact
-    assert "read from its log" in capsys.readouterr().out
+        assert words in capsys.readouterr().out
+    file.write_text(file.read_text().replace("4.", "3."))
+    with pytest.raises(CheckpointError, match="this record is missing or damaged"):
+        StepTrace.read(file)
 
 
 def test_a_log_that_was_changed_since_the_checkpoint_is_refused(config, reference, capsys):
     trained(opened(config, reference), 10).save_and_close()
     (file,) = config.paths.runs.glob("*/metrics.jsonl")
-    text = file.read_text()
-    file.write_text(text.replace('"loss": 5.', '"loss": 4.', 1))
-    with pytest.raises(CheckpointError, match=r"its rows up to step 10 were changed after check"):
-        opened(config, reference)
-    file.write_text(text + '{"step": 7, "validation_loss": 0.1}\n')
-    with pytest.raises(CheckpointError, match=r"its rows up to step 10 were changed after check"):
-        opened(config, reference)
-    file.write_text(text + '{"step": "7", "loss": 0.1}\n')
-    with pytest.raises(CheckpointError, match=r"line \d+ is damaged"):
-        opened(config, reference)
+    text, changed = file.read_text(), r"its rows up to step 10 were changed after checkpoint_10"
+    for other, message in (
+        (text.replace('"loss": 5.', '"loss": 4.', 1), changed),
+        (text + '{"step": 7, "validation_loss": 0.1}\n', changed),
+        (text + '{"step": "7", "loss": 0.1}\n', r"line \d+ is damaged"),
+    ):
+        file.write_text(other)
+        with pytest.raises(CheckpointError, match=message):
+            opened(config, reference)
     file.unlink()
     for words in (f"Note: {file} is missing: a new log starts at step 10", "resuming from"):
         opened(config, reference).close()
         assert words in capsys.readouterr().out
-    file.write_text(text)
-    assert len(rows(trained(opened(config, reference), 20), "loss")) == 20
 
 
 def test_records_name_the_code_that_made_them(config, reference, monkeypatch, capsys):

@@ -75,7 +75,6 @@ def test_a_step_equals_clipping_and_then_adamw(model, config):
 @pytest.mark.parametrize(
     ("precision", "instruction", "parameters", "hint"),
     [
-        ("float32", "amx_bf16", 10**8, "Note: this CPU has bfloat16 instructions"),
         ("float32", "avx512_bf16", 10**8, "Note: this CPU has bfloat16 instructions"),
         ("float32", "avx512_bf16", 10**6, None),
         ("float32", "avx2", 10**8, None),
