@@ -69,6 +69,22 @@ def etag(path: str, body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body, usedforsecurity=False).hexdigest()
 
 
+def tree(files: dict[str, bytes], folder: str, everywhere: bool) -> list[dict]:
+    """What is in a folder ("": the whole repository); `everywhere`: also in its folders."""
+    start = f"{folder}/" if folder else ""
+    inside = [name for name in files if name.startswith(start)]
+    folders = {start + name.removeprefix(start).partition("/")[0] for name in inside} - {*inside}
+    if everywhere:
+        folders = ()
+    else:
+        inside = [name for name in inside if "/" not in name.removeprefix(start)]
+    rows = [{"type": "directory", "path": name, "oid": COMMIT} for name in folders]
+    for name in inside:
+        about = {"oid": etag(name, files[name]), "size": len(files[name])}
+        rows.append({"type": "file", "path": name, **about})
+    return rows
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -92,11 +108,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if files is None:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         elif call == "tree":
-            rows = [
-                {"type": "file", "path": path, "oid": etag(path, body), "size": len(body)}
-                for path, body in files.items()
-            ]
-            self.answer(200, json.dumps(rows).encode())
+            everywhere = "recursive=false" not in self.path.lower()
+            self.answer(200, json.dumps(tree(files, path, everywhere)).encode())
         elif call == "revision":
             name = repository.removeprefix("datasets/")
             self.answer(200, json.dumps({"id": name, "sha": COMMIT}).encode())

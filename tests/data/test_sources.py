@@ -1,5 +1,6 @@
 """Sources of text: files, folders, and data sets on a local server that acts as the Hub."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -32,6 +33,8 @@ configs:
 """
 TRAIN = [*LINES, " = Three = \n", *[f" line {number} \n" for number in range(60)]]
 VALIDATION = [" = Held out = \n", *[f" row {number} \n" for number in range(60)]]
+
+TEST = [" = Test = \n", "", " row \n"]
 
 
 def settings(**changed):
@@ -80,7 +83,7 @@ def hub(tmp_path, monkeypatch):
     import pandas
 
     files = {"README.md": CARD.encode(), ".gitattributes": b"x"}
-    for split, lines in (("train", TRAIN), ("validation", VALIDATION), ("test", ["x"])):
+    for split, lines in (("train", TRAIN), ("validation", VALIDATION), ("test", TEST)):
         content = pandas.DataFrame({"text": lines}).to_parquet()
         files[f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"] = content
     files["wikitext-103-raw-v1/train-00000-of-00001.parquet"] = content
@@ -146,6 +149,18 @@ def test_data_set_that_does_not_exist_is_refused(hub):
         find_source(settings(name="wikitext-9"))
     with pytest.raises(SourceError, match="no id at all: "):
         find_source(settings(dataset="no id at all"))
+
+
+def test_the_how_to_writes_the_splits_of_wikitext(hub, tmp_path):
+    text = (ROOT / "docs" / "how-to.md").read_text("utf-8")
+    (program,) = re.findall(
+        r"^```python\n([^`]+load_dataset.+?)^```$", text, re.MULTILINE | re.DOTALL
+    )
+    command = [sys.executable, "-c", program]  # `datasets` reads the server's address at import
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for split, rows in (("validation", VALIDATION), ("test", TEST)):
+        written = (tmp_path / f"wikitext-2-raw-v1-{split}.txt").read_bytes()
+        assert written.decode() == "".join(row or " \n" for row in rows)
 
 
 @pytest.mark.parametrize("card", [b"---\nconfigs: [}\n---\n", b"---\nconfigs: [7]\n---\n", b"\xff"])
