@@ -107,7 +107,8 @@ def test_a_right_model_passes(source, head, judge, capsys):
     assert "my_model.py: the original. " in str(verdict) and "no cache" in str(verdict)
     results = {check.name: check.passed for check in verdict.checks}
     assert list(results) == list(proof.BOUNDS)
-    for name in ("tensor values match", "logits match", "greedy tokens match"):
+    passed = "tensor values match", "logits match", "greedy tokens match"
+    for name in (*passed, "batch matches single prompts"):
         assert results[name] is True
     assert results["gradients match"] is (None if "in_place" in source else True)
     assert results["logits match, 2048 tokens"] is True
@@ -139,6 +140,19 @@ def test_a_model_that_becomes_wrong_later_does_not_pass(calls, judge):
     lines = "n = 0", "def logits(model, ids):", "    global n", "    n, y = n + 1, model(ids)[0]"
     source = "\n".join((variant(), *lines, f"    return y if n <= {calls} else y + y.flip(-1)"))
     assert not judge(source).passed
+
+
+def test_a_model_that_is_wrong_only_in_a_batch_does_not_pass(judge):
+    verdict = judge(f"{variant()}\ndef logits(model, ids): return model(ids)[0].roll(1, 0)")
+    (check,) = [check for check in verdict.checks if check.passed is False]
+    assert check.name == "batch matches single prompts" and not verdict.passed
+    assert check.detail.endswith("two without padding; it has no padding mask")
+
+
+def test_a_model_of_single_texts_is_not_compared_in_a_batch(judge):
+    lines = "def logits(model, ids):", "    assert len(ids) == 1", "    return model(ids)[0]"
+    verdict = judge("\n".join((variant(), *lines)))
+    assert verdict.passed and "it accepts only one text at a time" in str(verdict)
 
 
 def test_nan_is_not_taken_for_dropout(judge):

@@ -147,7 +147,12 @@ class Candidate(Compared):
             raise Lacks("it runs only in bfloat16")
         if ids.shape[1] > self.longest:
             raise Lacks(f"it accepts only {self.longest} tokens")
-        return self.run(ids)
+        try:
+            return self.run(ids)
+        except WorkflowError as error:
+            if len(ids) == 1:
+                raise
+            raise Lacks("it accepts only one text at a time") from error
 
     def bf16_logits(self, ids: Tensor) -> Tensor:
         return self.run(ids) if self.only_bf16 else super().bf16_logits(ids)

@@ -87,7 +87,7 @@ class Compared:
 
     def logits_of_padded(self, ids: Tensor, mask: Tensor) -> Iterator[Tensor]:
         """Yields the logits (1, n, V) of the n tokens of each row that `mask` (B, T) shows."""
-        raise Lacks("no padding mask")
+        raise Lacks("it has no padding mask")
 
 
 class OurModel(Compared):
@@ -251,8 +251,8 @@ class Comparison:
         distances = dict.fromkeys(STATES, max(difference(eager[n], theirs[n]) for n in self.names))
         losses = (token_losses(side["logits"], self.ids) for side in (eager, theirs))
         distances["loss matches"] = F.l1_loss(*losses).item()
-        for name in ("logits match", "logits match on generated text"):
-            distances[name] = max_difference(eager["logits"], theirs["logits"])
+        names = "logits match", "logits match on generated text", "batch matches single prompts"
+        distances |= dict.fromkeys(names, max_difference(eager["logits"], theirs["logits"]))
         return {name: rounding_bound(name, distance) for name, distance in distances.items()}
 
 
