@@ -102,7 +102,6 @@ def run_checks(comparison: Comparison) -> Iterator[Check]:
         yield from export_checks(subject, reference, c.ids)
         if not c.settings.quick:
             yield from long_text_checks(c, torch.tensor([all_ids]))
-        if subject.only_bf16 or not c.settings.quick:
             yield from bf16_checks(subject, c.original, c.ids)
 
 

@@ -33,7 +33,6 @@ class Compared:
     """
 
     same_order = True  # it adds numbers in the original's order; if not, it may be off by rounding
-    only_bf16 = False  # it does not run in float32
     longest = 8192  # tokens that it accepts; the checks need no more
     remark = ""  # on its tensors
 
