@@ -180,29 +180,19 @@ def diagnose(c: Comparison) -> dict[str, Any]:
 
 def first_difference(c: Comparison, other: Compared) -> tuple[Difference, Tensor] | None:
     """The first state of the candidate that is not that of `other`, and this state."""
-    names, ours = c.names, c.subject.states(c.ids, c.names)
-    if not ours.keys() >= set(names):  # where the end of a layer cannot be seen, all inside
-        names = [n for end in names for n in ((end,) if end in ours else (*inside(end), end))]
-        ours = c.subject.states(c.ids, names)
-    found = scan(c, other, names, ours)
-    layer = found[0].state if found else ""
-    if layer in c.names and inside(layer):
-        names = [name for name in (found[0].after, *inside(layer), layer) if name]
-        found = scan(c, other, names, c.subject.states(c.ids, names)) or found
-    return found
-
-
-def scan(
-    c: Comparison, other: Compared, names: Sequence[str], ours: dict[str, Tensor]
-) -> tuple[Difference, Tensor] | None:
-    """The first of the candidate's states, or its logits, that differs by more than rounding."""
-    after, theirs = None, other.states(c.ids, [name for name in names if name in ours])
-    for name in (*names, "logits"):
-        if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
-            wrong = differs(c, name, ours[name], theirs[name])[0].any(dim=-1)  # (T,)
-            if wrong.any():
-                return Difference(name, int(wrong.nonzero()[0]), after), ours[name]
-            after = name
+    names = [name for end in c.names for name in (*inside(end), end)]
+    ours, after = c.subject.states(c.ids, names), None
+    theirs = other.states(c.ids, [name for name in names if name in ours])
+    ours = {n: x for n, x in ours.items() if n in theirs and x.shape == theirs[n].shape}
+    for end in (*c.names, "logits"):
+        # a layer whose end is equal is right; inside, its modules may have other borders
+        right = end in ours and not differs(c, end, ours[end], theirs[end]).any()
+        for name in (end,) if right else (*inside(end), end):
+            if name in ours:
+                wrong = differs(c, name, ours[name], theirs[name])[0].any(dim=-1)  # (T,)
+                if wrong.any():
+                    return Difference(name, int(wrong.nonzero()[0]), after), ours[name]
+                after = name
     return None
 
 
