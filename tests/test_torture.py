@@ -36,4 +36,4 @@ def test_hostile_files_are_refused_and_run_nothing_and_need_little_memory(tmp_pa
 def test_lies_are_refused_or_are_the_truth():
     counts = lies.try_lies(every=24)
     assert sum(counts.values()) > 25
-    assert {kind.partition(":")[0] for kind in counts} > {"tensors", "shards"}
+    assert {kind.partition(":")[0] for kind in counts} >= {"tensors", "bits"}

@@ -202,11 +202,15 @@ RELEASED = json.loads("""{"is_llama_config": true, "pretraining_tp": 1, "rope_in
 "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": true}""")
 OFF = {"attn_logit_softcapping": None, "num_experts": 0, "use_qk_norm": False, "logits_scaling": 1}
 OFF["is_causal"] = True
-REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "use_qk_norm": true, "norm_type": "layer",
-"temperature_tuning": true, "resid_mult": 0.3, "embedding_size": 64,
-"residual_multiplier": 0.22, "logits_scaling": 8, "query_pre_attn_scalar": 256, "rotary_pct": 0.25,
-"sliding_window": 4096, "attention_chunk_size": 8192, "num_local_experts": 1, "is_causal": false,
-"quantization_config": {"quant_method": "gptq"}}""")
+REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+"use_qk_norm": true, "norm_type": "layer", "logits_scaling": 8, "logit_scale": 0.1,
+"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.5,
+"query_pre_attn_scalar": 256, "sliding_window": 4096, "use_sliding_window": true,
+"attention_chunk_size": 8192, "num_experts": 2, "num_local_experts": 1, "resid_mult": 0.3,
+"temperature_tuning": true, "partial_rotary_factor": 0.5, "rotary_pct": 0.25, "clip_qkv": 8.0,
+"parallel_residual": true, "is_causal": false, "use_alibi": true, "rope_interleaved": true,
+"quantization_config": {"quant_method": "gptq"}, "hidden_activation": "gelu",
+"embedding_size": 64}""")
 
 
 @pytest.mark.parametrize(

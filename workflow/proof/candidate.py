@@ -144,14 +144,11 @@ class Candidate(Compared):
 
     def gradients(self, ids: Tensor) -> dict[str, Tensor]:
         """By the original's names; that of an untied head counts for the embedding too."""
-        loss = self.loss(ids)
-        if not loss.requires_grad:
-            raise Lacks("its logits have no gradient")
         names = list({slot.name: None for slots in self.match.slots.values() for slot in slots})
         own, options = [self.own[name] for name in names], {"allow_unused": True}
         try:
-            found = torch.autograd.grad(loss, own, materialize_grads=True, **options)
-        except RuntimeError as error:  # for example, `x += …` changed what the gradient needs
+            found = torch.autograd.grad(self.loss(ids), own, materialize_grads=True, **options)
+        except RuntimeError as error:  # `x += …` changed what it needs, or no_grad in the model
             raise Lacks(f"no gradient: {str(error).partition(':')[0]}") from error
         by_name = dict(zip(names, found, strict=True))
         return {

@@ -248,8 +248,7 @@ def generation_checks(c: Comparison) -> Iterator[Check]:
         raise lacking
     total = f"{len(parts)} prompts, {c.settings.new_tokens} new tokens each"
     yield Check("greedy tokens match", differing, first or total)
-    name = "logits match on generated text"
-    yield max_check(name, parts, limits.get(name))
+    yield max_check("logits match on generated text", parts, limits.get("logits match"))
 
 
 @answers("logits match with and without cache")
@@ -265,10 +264,7 @@ def cache_check(subject: Compared, ids: Tensor) -> Iterator[Check]:
 
 @answers("batch matches single prompts")
 def batch_check(c: Comparison) -> Iterator[Check]:
-    """The logits of prompts, in a batch and alone: of two of one length, and of all, left-padded.
-
-    Only the two if the model has no padding mask.
-    """
+    """The logits of prompts in a batch, and alone: two of one length; and all, if it can mask."""
     name, length = "batch matches single prompts", min(100, c.subject.longest)
     prompts = {kind: encode_prompt(c.reference, text)[:, :length] for kind, text in PROMPTS}
     pair = list(prompts.values())[:2]
