@@ -34,6 +34,6 @@ def test_hostile_files_are_refused_and_run_nothing_and_need_little_memory(tmp_pa
 
 
 def test_lies_are_refused_or_are_the_truth():
-    counts = lies.try_lies(every=24)
+    counts = lies.try_lies(every=12)
     assert sum(counts.values()) > 25
-    assert {kind.partition(":")[0] for kind in counts} > {"tensors", "records"}
+    assert {kind.partition(":")[0] for kind in counts} >= {"tensors", "bits"}

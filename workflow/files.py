@@ -61,10 +61,12 @@ def write_text_atomic(path: Path, text: str, setting: str) -> None:
 
 @contextmanager
 def disk_errors(path: Path, setting: str) -> Iterator[None]:
-    """Turns an OSError into a DiskError."""
+    """Turns an error of the disk into a DiskError."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if not is_disk_error(error):
+            raise
         raise disk_error(path, setting, error) from error
 
 

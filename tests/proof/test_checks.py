@@ -74,7 +74,7 @@ def test_one_changed_weight_is_found_and_named(config, wide_reference):
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("padded batch matches single prompts", lambda ids, cache: len(ids) == 2),
+        ("batch matches single prompts", lambda ids, cache: len(ids) == 2),
         (
             "logits match with and without cache",
             lambda ids, cache: cache and cache.length > 64,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from workflow.errors import ConfigError, DataError
+from workflow.errors import DataError
 from workflow.proof import copy_reference, external
 from workflow.proof.compared import OurModel
 
@@ -19,15 +19,8 @@ def test_stored_values_belong_to_one_file_of_weights(smollm2, reference, monkeyp
     (tmp_path / "SmolLM2-135M-Instruct.Q4_1.json").write_text(changed)
     monkeypatch.setattr(external, "STORED_VALUES", tmp_path)
     assert external.stored_values(smollm2) is None
-    monkeypatch.setattr(external, "KNOWN_WEIGHTS", ())
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.json").unlink()
     assert external.stored_values(smollm2) is None
-
-
-@pytest.mark.parametrize("read", [external.stored_values, external.official_token_ids])
-def test_a_missing_file_of_stored_values_is_an_error(smollm2, monkeypatch, tmp_path, read):
-    monkeypatch.setattr(external, "STORED_VALUES", tmp_path)
-    with pytest.raises(ConfigError, match=r"json: this file of the proof is missing; restore"):
-        read(smollm2)
 
 
 def test_the_tokenizer_gives_the_official_ids(smollm2, reference):

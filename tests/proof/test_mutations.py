@@ -77,10 +77,6 @@ def test_curves_are_loaded_only_for_the_same_weights_and_text(tmp_path):
         assert mutations.load_curves(file, provenance | {key: "another"}) == []
     assert mutations.load_curves(tmp_path / "absent.json", provenance) == []
 
-    old = file.read_text("utf-8").replace("held_out_loss", "after")  # the name in earlier versions
-    (tmp_path / "old.json").write_text(old)
-    assert mutations.load_curves(tmp_path / "old.json", provenance) == curves
-
 
 @pytest.mark.slow
 def test_each_mutation_of_the_real_weights_fails_in_the_right_place(smollm2):

@@ -1,5 +1,6 @@
 """A folder, the Hub or a wheel that is not the model it should be: one line, exit code 5."""
 
+import hashlib
 import json
 import math
 import os
@@ -8,18 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from lies import tiny_wheel
 from loopback import COMMIT, serve
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import fork
+from workflow.config.settings import ModelEntry, Wheel
 from workflow.errors import DiskError, SourceError
 from workflow.proof.checks import copy_reference, run_checks
 from workflow.proof.compared import Comparison, OurModel
 from workflow.reference import export
-from workflow.reference.folder import HF_KEYS
+from workflow.reference.folder import KNOWN_KEYS
 from workflow.reference.load import load_reference
+from workflow.reference.wheel import repair_tokenizer
 
 NORM, HEAD, EMBEDDING = "model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,11 +29,9 @@ SHARDS = [f"model-0000{part}-of-00002.safetensors" for part in (1, 2)]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
-@pytest.mark.parametrize("kind", HF_KEYS)
-def test_the_known_keys_are_those_of_transformers(kind):
-    from transformers import AutoConfig
-
-    assert HF_KEYS[kind] == AutoConfig.for_model(kind).to_dict().keys()
+@pytest.mark.parametrize("kind", ["llama", "smollm3"])
+def test_the_keys_of_transformers_are_known(kind):
+    assert AutoConfig.for_model(kind).to_dict().keys() <= KNOWN_KEYS
 
 
 @pytest.fixture
@@ -76,7 +76,6 @@ def edit_config(folder: Path, **changes) -> None:
         ({"norm": torch.ones(33)}, f"{NORM} has shape (33,), expected (32,)"),
         ({"norm": torch.ones(32).int()}, f"{NORM} has dtype torch.int32"),
         ({"norm": torch.full((32,), math.nan)}, f"{NORM} has NaN or infinite values"),
-        ({"norm": torch.full((32,), -math.inf)}, f"{NORM} has NaN or infinite values"),
         ({"head": torch.zeros(257, 32)}, f"{HEAD} is tied, but differs from {EMBEDDING}"),
     ],
 )
@@ -92,15 +91,13 @@ def test_of_many_wrong_names_the_first_are_in_the_message(folder, refusal):
     assert " and 37 more; get the files again, or choose another source" in refusal()
 
 
-@pytest.mark.parametrize(
-    "words", [["verify"], ["generate", "x"], ["export", "reference", "out"], ["train"]]
-)
+@pytest.mark.parametrize("words", [["generate", "x"], ["train"]])
 def test_every_command_refuses_wrong_tensors_before_it_computes(refused, here, project, words):
     assert here("export", "reference", "model")[0] == 0
     edit_tensors(project / "model", norm=None)
     line = refused(5, *words, settings=["reference.source=model"])
     assert line == f"error: model: {NORM} is missing; get the files again, or choose another source"
-    assert not (project / "out").exists() and not list(project.glob("checkpoints/*/*.pt"))
+    assert not list(project.glob("checkpoints/*/*.pt"))
 
 
 def test_tied_head_in_the_file_is_accepted_and_bf16_is_read(folder, config, reference):
@@ -154,12 +151,10 @@ def split(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def test_shards_are_read_and_a_tensor_in_two_is_refused(folder, config, reference, refusal):
+def test_shards_are_read(folder, config, reference):
     split(folder)
     loaded = load_reference(str(folder), config.model_entry)
     assert loaded.provenance.weights_sha256 == reference.provenance.weights_sha256
-    save_file({NORM: torch.ones(32), EMBEDDING: torch.zeros(257, 32)}, folder / SHARDS[1])
-    assert f"{EMBEDDING} is in two shards" in refusal()
 
 
 @pytest.mark.parametrize(
@@ -169,11 +164,9 @@ def test_shards_are_read_and_a_tensor_in_two_is_refused(folder, config, referenc
         (WEIGHTS, 5000, ": it cannot be read ("),
         (WEIGHTS, None, "exported: there is no model.safetensors in this folder; name a"),
         (SHARDS[1], None, ": there is no such file"),
-        (SHARDS[1], 60, ": it cannot be read ("),
         (INDEX, "{", ": it cannot be read ("),
         ("generation_config.json", "[]", "exported: it cannot be read ('list' object"),
         ("tokenizer.json", None, ": there is no such file; get it again"),
-        ("tokenizer.json", POINTER, ": it is a git-LFS pointer, not the file itself"),
         ("tokenizer.json", "{}", ": it cannot be read ("),
         ("config.json", "{", ": it cannot be read (Expecting property name"),
         ("config.json", "[]", ": it cannot be read (not an object)"),
@@ -191,9 +184,8 @@ def test_bad_folder_is_one_line(folder, refusal, name, change, words):
     assert (words if words.startswith("exported") else f"{name}{words}") in refusal()
 
 
-def test_weights_only_as_bin_are_refused_also_on_the_hub(folder, refusal, refused, monkeypatch):
+def test_a_model_of_the_hub_without_safetensors_is_refused(folder, refused, monkeypatch):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    assert "in this folder, and *.bin is not read; convert it: transformers.Auto" in refusal()
     with serve({"org/tiny": {file.name: file.read_bytes() for file in folder.iterdir()}}) as hub:
         hub.connect(folder.parent / "hf", monkeypatch)
         settings = ["models.tiny.hub_id=org/tiny", f"models.tiny.revision={COMMIT}"]
@@ -210,12 +202,15 @@ RELEASED = json.loads("""{"is_llama_config": true, "pretraining_tp": 1, "rope_in
 "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "use_cache": true}""")
 OFF = {"attn_logit_softcapping": None, "num_experts": 0, "use_qk_norm": False, "logits_scaling": 1}
 OFF["is_causal"] = True
-# no_rope_layers is of SmolLM3, a Llama ignores it
-REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "use_qk_norm": true, "norm_type": "layer",
-"temperature_tuning": true, "resid_mult": 0.3, "embedding_size": 64,
-"residual_multiplier": 0.22, "logits_scaling": 8, "query_pre_attn_scalar": 256, "rotary_pct": 0.25,
-"sliding_window": 4096, "attention_chunk_size": 8192, "num_local_experts": 1, "is_causal": false,
-"no_rope_layers": [1, 0], "quantization_config": {"quant_method": "gptq"}}""")
+REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+"use_qk_norm": true, "norm_type": "layer", "logits_scaling": 8, "logit_scale": 0.1,
+"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "attention_multiplier": 0.5,
+"query_pre_attn_scalar": 256, "sliding_window": 4096, "use_sliding_window": true,
+"attention_chunk_size": 8192, "num_experts": 2, "num_local_experts": 1, "resid_mult": 0.3,
+"temperature_tuning": true, "partial_rotary_factor": 0.5, "rotary_pct": 0.25, "clip_qkv": 8.0,
+"parallel_residual": true, "is_causal": false, "use_alibi": true, "rope_interleaved": true,
+"quantization_config": {"quant_method": "gptq"}, "hidden_activation": "gelu",
+"embedding_size": 64}""")
 
 
 @pytest.mark.parametrize(
@@ -253,8 +248,15 @@ def test_unknown_key_of_the_rotation_is_refused(folder, refusal):
 @pytest.fixture
 def wheel(reference, tmp_path, monkeypatch):
     """Loads the tiny model from an installed package with a GGUF file."""
+    folder, file = tmp_path / "tiny_wheel", "tiny_wheel/tiny_wheel-F32.gguf"
+    export(copy_reference(reference), repair_tokenizer(reference.tokenizer), folder, gguf="F32")
+    digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+    (tmp_path / "tiny_wheel-1.0.dist-info").mkdir()
+    metadata = tmp_path / "tiny_wheel-1.0.dist-info" / "METADATA"
+    metadata.write_text("Name: tiny_wheel\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    entry = tiny_wheel(reference, tmp_path)
+    row = {"package": "tiny_wheel", "version": "1.0", "name": "tiny, F32", "sha256": digest}
+    entry = ModelEntry(architecture=reference.config, wheel=Wheel(file=file, **row))
     return lambda: load_reference("wheel", entry, cache=tmp_path / "cache")
 
 
@@ -273,19 +275,13 @@ def as_if_converted_to(folder: Path, name: str) -> None:
     "damage",
     [
         lambda folder: flip_a_bit(folder / WEIGHTS),
-        lambda folder: os.truncate(folder / WEIGHTS, 5000),
-        lambda folder: (folder / WEIGHTS).unlink(),
         lambda folder: (folder / "sha256.json").unlink(),
-        lambda folder: edit_config(folder, rope_theta=10000.0),
         lambda folder: (folder / INDEX).touch(),
         lambda folder: as_if_converted_to(folder, "another"),
     ],
 )
 def test_converted_files_that_changed_are_converted_again(wheel, damage, capsys):
-    first, again = (
-        wheel(),
-        "is damaged, incomplete or old: it is converted again\n",
-    )
+    first, again = wheel(), "is damaged, incomplete or old: it is converted again\n"
     damage(first.folder)
     capsys.readouterr()
     assert wheel().provenance == first.provenance

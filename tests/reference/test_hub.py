@@ -116,16 +116,6 @@ def test_link_to_a_file_outside_the_cache_is_refused_and_the_file_stays(get, tmp
     assert mine.read_bytes() == b"not from the cache"
 
 
-def test_plain_file_in_place_of_a_link_must_be_one_of_the_blobs(get):
-    file = Path(get()) / "model.safetensors"
-    content = file.read_bytes()
-    file.unlink()
-    file.write_bytes(content)
-    assert contents(get()) == WANTED
-    file.write_bytes(content[:-1] + b"x")
-    assert damaged_file(get()) == file
-
-
 def test_snapshot_is_complete_with_all_needed_files_and_all_shards(tmp_path):
     names = [*REQUIRED_FILES[:2], *(f"model-0000{part}-of-00002.safetensors" for part in (1, 2))]
     complete = []

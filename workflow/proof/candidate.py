@@ -50,12 +50,8 @@ class Sandbox:
     @contextmanager
     def running(self, what: str) -> Iterator[None]:
         """what: is running, for the error."""
-        before, path, dtype = dict(sys.modules), list(sys.path), torch.get_default_dtype()
-        names = {MODULE} | {part.stem for part in self.folder.glob("*") if is_module(part)}
-        hidden = {n for n in before if n.partition(".")[0] in names and not self.owns(before[n])}
-        for name in hidden:
-            del sys.modules[name]
-        sys.modules.update(self.modules)
+        path, dtype = list(sys.path), torch.get_default_dtype()
+        ours = self.swap(self.modules)
         sys.path.insert(0, str(self.folder))
         try:
             with redirect_stdout(sys.stderr), torch.set_grad_enabled(torch.is_grad_enabled()):
@@ -63,17 +59,17 @@ class Sandbox:
         except (Exception, SystemExit) as error:
             raise self.in_one_line(error, what) from error
         finally:
-            now = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in names}
-            self.modules = {n: m for n, m in now.items() if before.get(n) is not m}
-            for name in self.modules:
-                del sys.modules[name]
-            sys.modules.update({name: before[name] for name in hidden})
+            self.modules = self.swap(ours)
             sys.path[:] = path
             torch.set_default_dtype(dtype)
 
-    def owns(self, module: ModuleType) -> bool:
-        file = getattr(module, "__file__", None)
-        return bool(file) and Path(file).resolve().is_relative_to(self.folder)
+    def swap(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+        """Takes all modules with names of this folder out of `sys.modules`; puts others there."""
+        names = {MODULE} | {part.stem for part in self.folder.glob("*") if is_module(part)}
+        found = [name for name in sys.modules if name.partition(".")[0] in names]
+        taken = {name: sys.modules.pop(name) for name in found}
+        sys.modules.update(modules)
+        return taken
 
     def in_one_line(self, error: BaseException, what: str) -> WorkflowError:
         places = [(f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)]
@@ -99,10 +95,7 @@ def is_module(path: Path) -> bool:
 
 
 class Candidate(Compared):
-    """A model that somebody's file built, with the original's weights, on the CPU, in `eval()`.
-
-    It is in float32; if it does not run in float32, in bfloat16.
-    """
+    """A model that somebody's file built, with the original's weights: float32, CPU, `eval()`."""
 
     same_order = False
 
@@ -112,45 +105,38 @@ class Candidate(Compared):
         self.remark = f", {match.head}" if match.head else ""
         self.vocabulary = self.parameters()[EMBEDDING].shape[0]
 
-    def prepare(self, longest: int) -> None:
-        """Finds its precision, and how many tokens it accepts, `longest` at most."""
-        self.longest = LENGTHS[-1]
-        ids = torch.arange(longest)[None] % self.vocabulary
-        try:
-            logits = self.run(ids[:, : self.longest])
-        except WorkflowError as error:
-            self.model.bfloat16()
-            try:
-                logits = self.run(ids[:, : self.longest])
-            except WorkflowError:
-                raise error from None
-        self.only_bf16 = logits.dtype in (torch.bfloat16, torch.float16)
-        for length in (longest, *(n for n in LENGTHS if n < longest)):
+    def find_longest(self, needed: int) -> int:
+        """How many tokens it accepts, `needed` at most. Raises WorkflowError if it is not one."""
+        ids = torch.arange(needed)[None] % self.vocabulary
+        self.run(ids[:, : LENGTHS[-1]])
+        for length in (needed, *(n for n in LENGTHS if n < needed)):
             with suppress(WorkflowError):
                 self.run(ids[:, :length])
-                self.longest = length
-                return
+                return length
 
     def run(self, ids: Tensor) -> Tensor:
-        """Its logits, in its own dtype. Raises WorkflowError for an error, or for another shape."""
+        """Its logits. Raises WorkflowError for an error, another shape, or another dtype."""
         with self.sandbox.running("the model"):
             found = self.function(self.model, ids.clone())
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-        expected = (*ids.shape, self.vocabulary)
+        expected, what = (*ids.shape, self.vocabulary), ""
         if shape != expected:
             what = f"the logits are {shape}, not {expected}: batch, all positions, vocabulary"
+        elif found.dtype != torch.float32:
+            what = f"the logits are {found.dtype}, not torch.float32"
+        if what:
             raise ConfigError(self.sandbox.file, what, f"define logits(model, ids); {HOW_TO}")
         return found
 
     def logits(self, ids: Tensor) -> Tensor:
-        if self.only_bf16:
-            raise Lacks("it runs only in bfloat16")
         if ids.shape[1] > self.longest:
             raise Lacks(f"it accepts only {self.longest} tokens")
-        return self.run(ids)
-
-    def bf16_logits(self, ids: Tensor) -> Tensor:
-        return self.run(ids) if self.only_bf16 else super().bf16_logits(ids)
+        try:
+            return self.run(ids)
+        except WorkflowError as error:
+            if len(ids) == 1:
+                raise
+            raise Lacks("it accepts only one text at a time") from error
 
     def parameters(self) -> dict[str, Tensor]:
         slots = {name: slots[0] for name, slots in self.match.slots.items()}
@@ -158,14 +144,11 @@ class Candidate(Compared):
 
     def gradients(self, ids: Tensor) -> dict[str, Tensor]:
         """By the original's names; that of an untied head counts for the embedding too."""
-        loss = self.loss(ids)
-        if not loss.requires_grad:
-            raise Lacks("its logits have no gradient")
         names = list({slot.name: None for slots in self.match.slots.values() for slot in slots})
         own, options = [self.own[name] for name in names], {"allow_unused": True}
         try:
-            found = torch.autograd.grad(loss, own, materialize_grads=True, **options)
-        except RuntimeError as error:  # for example, `x += …` changed what the gradient needs
+            found = torch.autograd.grad(self.loss(ids), own, materialize_grads=True, **options)
+        except RuntimeError as error:  # `x += …` changed what it needs, or no_grad in the model
             raise Lacks(f"no gradient: {str(error).partition(':')[0]}") from error
         by_name = dict(zip(names, found, strict=True))
         return {
@@ -221,11 +204,9 @@ def load_candidate(file: Path, reference: Reference, longest: int) -> Candidate:
     match = match_weights(file, model, reference, getattr(module, "NAMES", {}))
     candidate = Candidate(sandbox, model, function or default_logits, match)
     with torch.no_grad():
-        candidate.prepare(min(longest, reference.config.max_position_embeddings))
-    precision = "bfloat16 (it does not run in float32)" if candidate.only_bf16 else "float32"
-    print(
-        f"{file}: judged in {precision} and eval(), on the CPU, {candidate.longest} tokens or less"
-    )
+        needed = min(longest, reference.config.max_position_embeddings)
+        candidate.longest = candidate.find_longest(needed)
+    print(f"{file}: judged in float32 and eval(), on the CPU, {candidate.longest} tokens or less")
     return candidate
 
 

@@ -8,7 +8,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +98,10 @@ def run_checks(comparison: Comparison) -> Iterator[Check]:
     with torch.no_grad():
         yield from generation_checks(c)
         yield from cache_check(subject, c.ids)
-        yield from padding_check(subject, reference)
+        yield from batch_check(c)
         yield from export_checks(subject, reference, c.ids)
         if not c.settings.quick:
             yield from long_text_checks(c, torch.tensor([all_ids]))
-        if subject.only_bf16 or not c.settings.quick:
             yield from bf16_checks(subject, c.original, c.ids)
 
 
@@ -249,8 +248,7 @@ def generation_checks(c: Comparison) -> Iterator[Check]:
         raise lacking
     total = f"{len(parts)} prompts, {c.settings.new_tokens} new tokens each"
     yield Check("greedy tokens match", differing, first or total)
-    name = "logits match on generated text"
-    yield max_check(name, parts, limits.get(name))
+    yield max_check("logits match on generated text", parts, limits.get("logits match"))
 
 
 @answers("logits match with and without cache")
@@ -264,20 +262,23 @@ def cache_check(subject: Compared, ids: Tensor) -> Iterator[Check]:
     yield max_check("logits match with and without cache", parts)
 
 
-@answers("padded batch matches single prompts")
-def padding_check(subject: Compared, reference: Reference) -> Iterator[Check]:
-    """The logits of every prompt: in one left-padded batch, and alone; of two without padding."""
-    prompts = {kind: encode_prompt(reference, text)[:, :100] for kind, text in PROMPTS}
-    rows = subject.logits_of_padded(*left_pad(list(prompts.values())))
-    parts = {
-        kind: max_difference(row, subject.logits(prompt))
-        for row, (kind, prompt) in zip(rows, prompts.items(), strict=True)
-    }
+@answers("batch matches single prompts")
+def batch_check(c: Comparison) -> Iterator[Check]:
+    """The logits of prompts in a batch, and alone: two of one length; and all, if it can mask."""
+    name, length = "batch matches single prompts", min(100, c.subject.longest)
+    prompts = {kind: encode_prompt(c.reference, text)[:, :length] for kind, text in PROMPTS}
     pair = list(prompts.values())[:2]
     pair = torch.cat([ids[:, : min(ids.shape[1] for ids in pair)] for ids in pair])
-    single = torch.cat([subject.logits(ids[None]) for ids in pair])
-    parts["two without padding"] = max_difference(subject.logits(pair), single)
-    yield max_check("padded batch matches single prompts", parts)
+    single = torch.cat([c.subject.logits(ids[None]) for ids in pair])
+    parts, lacking = {"two without padding": max_difference(c.subject.logits(pair), single)}, ""
+    try:
+        rows = c.subject.logits_of_padded(*left_pad(list(prompts.values())))
+        for row, (kind, prompt) in zip(rows, prompts.items(), strict=True):
+            parts[kind] = max_difference(row, c.subject.logits(prompt))
+    except Lacks as reason:
+        lacking = f"; {reason}"
+    check = max_check(name, parts, c.limits.get(name))
+    yield replace(check, detail=check.detail + lacking)
 
 
 @answers("export keeps every tensor", "export keeps the logits")

@@ -33,7 +33,6 @@ class Compared:
     """
 
     same_order = True  # it adds numbers in the original's order; if not, it may be off by rounding
-    only_bf16 = False  # it does not run in float32
     longest = 8192  # tokens that it accepts; the checks need no more
     remark = ""  # on its tensors
 
@@ -87,7 +86,7 @@ class Compared:
 
     def logits_of_padded(self, ids: Tensor, mask: Tensor) -> Iterator[Tensor]:
         """Yields the logits (1, n, V) of the n tokens of each row that `mask` (B, T) shows."""
-        raise Lacks("no padding mask")
+        raise Lacks("it has no padding mask")
 
 
 class OurModel(Compared):
@@ -251,8 +250,8 @@ class Comparison:
         distances = dict.fromkeys(STATES, max(difference(eager[n], theirs[n]) for n in self.names))
         losses = (token_losses(side["logits"], self.ids) for side in (eager, theirs))
         distances["loss matches"] = F.l1_loss(*losses).item()
-        for name in ("logits match", "logits match on generated text"):
-            distances[name] = max_difference(eager["logits"], theirs["logits"])
+        names = "logits match", "batch matches single prompts"
+        distances |= dict.fromkeys(names, max_difference(eager["logits"], theirs["logits"]))
         return {name: rounding_bound(name, distance) for name, distance in distances.items()}
 
 

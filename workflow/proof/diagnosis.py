@@ -16,25 +16,25 @@ from workflow.analysis.states import INPUT, difference_by_position, record
 from workflow.config import ProofSettings
 from workflow.errors import ConfigError
 from workflow.proof import mistakes as m
-from workflow.proof.bounds import Check, Lacks, checks_to_json, failed_checks
+from workflow.proof.bounds import Check, checks_to_json, failed_checks
 from workflow.proof.candidate import RecordedLogits, load_candidate, logit_inputs
 from workflow.proof.checks import print_checks
 from workflow.proof.compared import STATES, Compared, Comparison, OurModel, load_copy
 from workflow.reference import Reference
 
-INSIDE = (  # a layer, in the order in which it computes
-    "input_layernorm",
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    f"{INPUT}self_attn.o_proj",
-    "self_attn.o_proj",
-    f"{INPUT}post_attention_layernorm",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    f"{INPUT}mlp.down_proj",
-    "mlp.down_proj",
+INSIDE = (  # the states inside a layer, in the order in which it computes
+    "{}.input_layernorm",
+    "{}.self_attn.q_proj",
+    "{}.self_attn.k_proj",
+    "{}.self_attn.v_proj",
+    INPUT + "{}.self_attn.o_proj",
+    "{}.self_attn.o_proj",
+    INPUT + "{}.post_attention_layernorm",
+    "{}.post_attention_layernorm",
+    "{}.mlp.gate_proj",
+    "{}.mlp.up_proj",
+    INPUT + "{}.mlp.down_proj",
+    "{}.mlp.down_proj",
 )
 ROTATIONS = ((m.INTERLEAVED, m.NEIGHBOURS), (m.OVER_HEADS,), (m.THETA,))
 ATTENTION = (m.UNSCALED, m.SCALED_BY_ALL, m.REPEAT, m.NO_MASK, m.ADDED_MASK)
@@ -64,12 +64,10 @@ class Difference:
 
     state: str  # the name of a module, `input of ` a module, or logits
     position: int
-    head: int | None  # None if it is in all heads, or if the state has no heads
     after: str | None  # the last state before it that was compared: it is equal
 
     def __str__(self) -> str:
-        head = "" if self.head is None else f", first in head {self.head}"
-        return f"{self.place()}, from position {self.position} on{head}"
+        return f"{self.place()}, from position {self.position} on"
 
     def place(self) -> str:
         """For example: layers.0, inside self_attn, between v_proj and o_proj."""
@@ -171,11 +169,8 @@ def judge(file: Path | str, reference: Reference, settings: ProofSettings, text:
 @torch.no_grad()
 def diagnose(c: Comparison) -> dict[str, Any]:
     """The first difference and the mistakes, as fields of a `Verdict`."""
-    try:
-        again = differs(c, "logits", *(c.subject.logits(c.ids) for _ in range(2))).any()
-        found = first_difference(c, c.subject if again else c.original)
-    except Lacks:  # it runs only in bfloat16
-        return {}
+    again = differs(c, "logits", *(c.subject.logits(c.ids) for _ in range(2))).any()
+    found = first_difference(c, c.subject if again else c.original)
     if found is None:
         return {}
     difference, state = found
@@ -185,31 +180,19 @@ def diagnose(c: Comparison) -> dict[str, Any]:
 
 def first_difference(c: Comparison, other: Compared) -> tuple[Difference, Tensor] | None:
     """The first state of the candidate that is not that of `other`, and this state."""
-    names, ours = c.names, c.subject.states(c.ids, c.names)
-    if not ours.keys() >= set(names):  # where the end of a layer cannot be seen, all inside
-        names = [n for end in names for n in ((end,) if end in ours else (*inside(end), end))]
-        ours = c.subject.states(c.ids, names)
-    found = scan(c, other, names, ours)
-    layer = found[0].state if found else ""
-    if layer in c.names and inside(layer):
-        names = [name for name in (found[0].after, *inside(layer), layer) if name]
-        found = scan(c, other, names, c.subject.states(c.ids, names)) or found
-    return found
-
-
-def scan(
-    c: Comparison, other: Compared, names: Sequence[str], ours: dict[str, Tensor]
-) -> tuple[Difference, Tensor] | None:
-    """The first of the candidate's states, or its logits, that differs by more than rounding."""
-    after, theirs = None, other.states(c.ids, [name for name in names if name in ours])
-    for name in (*names, "logits"):
-        if name in ours and name in theirs and ours[name].shape == theirs[name].shape:
-            wrong = differs(c, name, ours[name], theirs[name])[0]  # (T, channels)
-            if wrong.any():
-                position = int(wrong.any(dim=-1).nonzero()[0])
-                head = first_head(c, name, wrong[position])
-                return Difference(name, position, head, after), ours[name]
-            after = name
+    names = [name for end in c.names for name in (*inside(end), end)]
+    ours, after = c.subject.states(c.ids, names), None
+    theirs = other.states(c.ids, [name for name in names if name in ours])
+    ours = {n: x for n, x in ours.items() if n in theirs and x.shape == theirs[n].shape}
+    for end in (*c.names, "logits"):
+        # a layer whose end is equal is right; inside, its modules may have other borders
+        right = end in ours and not differs(c, end, ours[end], theirs[end]).any()
+        for name in (end,) if right else (*inside(end), end):
+            if name in ours:
+                wrong = differs(c, name, ours[name], theirs[name])[0].any(dim=-1)  # (T,)
+                if wrong.any():
+                    return Difference(name, int(wrong.nonzero()[0]), after), ours[name]
+                after = name
     return None
 
 
@@ -220,15 +203,6 @@ def differs(c: Comparison, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
     else:
         wrong = difference_by_position(ours, theirs) > c.limits[STATES[0]]
     return wrong & ~(ours.isnan() & theirs.isnan())  # a state with NaN equals itself
-
-
-def first_head(c: Comparison, name: str, wrong: Tensor) -> int | None:
-    """The first head with a wrong channel, unless all have one. wrong: (channels,)."""
-    mixed = name.startswith(INPUT) and name.endswith("o_proj")
-    if not mixed and not name.endswith(("q_proj", "k_proj", "v_proj")):
-        return None
-    heads = wrong.view(-1, c.reference.config.head_dim).any(dim=-1)
-    return None if heads.all() else int(heads.nonzero()[0])
 
 
 def find_mistakes(c: Comparison, difference: Difference, state: Tensor) -> dict[str, Any]:
@@ -275,10 +249,7 @@ def mutated_state(model: LlamaModel, names: Sequence[str], ids: Tensor, state: s
 
 def inside(layer: str) -> list[str]:
     """The states inside layers.0 …; none for other modules."""
-    if not layer.startswith("layers."):
-        return []
-    names = ((INPUT if part.startswith(INPUT) else "", part.removeprefix(INPUT)) for part in INSIDE)
-    return [f"{before}{layer}.{part}" for before, part in names]
+    return [name.format(layer) for name in INSIDE if layer.startswith("layers.")]
 
 
 def split_name(state: str) -> tuple[str, list[str]]:

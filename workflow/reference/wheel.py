@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
-from torch import nn
 
 from SmolLm3 import ModelConfig
 from workflow.config.settings import Wheel
 from workflow.errors import SourceError
-from workflow.files import DAY, disk_error, disk_errors, is_disk_error, remove_temporary_files
+from workflow.files import DAY, disk_errors, remove_temporary_files
 from workflow.reference.folder import check_equal
 from workflow.reference.gguf_file import parse_once, read_gguf
 
@@ -85,22 +84,14 @@ def convert(gguf: Path, folder: Path) -> None:
         model.hf_quantizer = None  # the weights are float32 now; it would prevent saving them
         del model.config.quantization_config
         tokenizer = repair_tokenizer(AutoTokenizer.from_pretrained(**place))
-        save_converted(model, tokenizer, partial, folder)
+        with disk_errors(folder, "paths.cache"):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            hashes = json.dumps(file_hashes(partial, folder.name), indent=1)
+            (partial / HASHES).write_text(hashes, encoding="utf-8")
+            partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def save_converted(model: nn.Module, tokenizer: Any, partial: Path, folder: Path) -> None:
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        hashes = json.dumps(file_hashes(partial, folder.name), indent=1)
-        (partial / HASHES).write_text(hashes, encoding="utf-8")
-        partial.replace(folder)
-    except Exception as error:
-        if not is_disk_error(error):
-            raise
-        raise disk_error(folder, "paths.cache", error) from error
 
 
 def is_intact(folder: Path) -> bool:
