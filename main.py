@@ -27,7 +27,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from itertools import chain
 
 from workflow.errors import WorkflowError, one_line_errors
-from workflow.tools.arguments import OneLineParser, add_options
+from workflow.tools.arguments import REFERENCE, OneLineParser, add_options
 from workflow.tools.terminal import (
     CLOSED_PIPE,
     Output,
@@ -68,12 +68,16 @@ def verify(arguments: Namespace) -> int:
       python main.py verify --candidate docs/examples/wrong_model.py --quick
     """
     candidate = arguments.candidate or arguments.candidate_logits
-    reference, config = open_reference(arguments)
+    config = configure(arguments, training=False)
     from workflow import proof
     from workflow.data import read_text
+    from workflow.tools.models import open_reference
 
     settings = config.proof.model_copy(update={"quick": arguments.quick})
     text, _ = read_text(config.data.fallback_text)
+    if settings.wikitext_file:
+        read_text(settings.wikitext_file)  # an error now, not after minutes
+    reference = open_reference(config)
     with redirect_stdout(sys.stderr if arguments.json else arguments.out):
         if arguments.write_inputs:
             return proof.write_inputs(arguments.write_inputs, reference, settings)
@@ -97,9 +101,11 @@ def mutate(arguments: Namespace) -> None:
     example:
       python main.py mutate --set mutations.steps=100
     """
-    reference, config = open_reference(arguments)
+    config = configure(arguments)
     from workflow.proof import copy_reference, mutations
+    from workflow.tools.models import open_reference
 
+    reference = open_reference(config)
     results, curves = mutations.run_mutations(copy_reference(reference), reference, config)
     table = mutations.result_table(results, curves, config.mutations.learning_rate)
     for each in (table, mutations.curve_table(curves)):
@@ -175,7 +181,8 @@ def generate(arguments: Namespace) -> None:
         precision = torch.bfloat16 if arguments.bf16 else torch.float32
         model = analysis.prepare_for_generation(model, precision)
         pieces = analysis.stream_text(model, tokenizer, ids, arguments.tokens, options)
-        for piece in chain(() if arguments.chat else [prompt], pieces, ["\n"]):
+        first = [next(pieces, "")]  # this checks the options, before the prompt is printed
+        for piece in chain(() if arguments.chat else [prompt], first, pieces, ["\n"]):
             print(piece, end="", flush=True, file=arguments.out)
 
 
@@ -187,11 +194,13 @@ def evaluate(arguments: Namespace) -> None:
     example:
       python main.py evaluate reference --data input.txt --stride 512
     """
-    model, tokenizer, _ = open_model(arguments)
+    config = configure(arguments, training=False)
     from workflow import analysis
     from workflow.data import read_text
+    from workflow.tools.models import open_model
 
     text, digest = read_text(arguments.data)
+    model, tokenizer, _ = open_model(arguments.checkpoint, config)
     tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     window = arguments.window or min(1024, model.config.max_position_embeddings)
     if arguments.windows:
@@ -210,9 +219,12 @@ def export(arguments: Namespace) -> None:
     example:
       python main.py export checkpoints/RUN/checkpoint_5050.pt my-model --gguf Q8_0
     """
-    model, tokenizer, provenance = open_model(arguments)
-    from workflow.reference import export
+    config = configure(arguments, training=False)
+    from workflow.reference.export import check_folder, export
+    from workflow.tools.models import open_model
 
+    check_folder(arguments.folder)
+    model, tokenizer, provenance = open_model(arguments.checkpoint, config)
     folder = export(model, tokenizer, arguments.folder, provenance, arguments.gguf)
     names = sorted(file.name for file in folder.iterdir())
     print(f"Wrote {folder}:", *names, file=arguments.out)
@@ -222,19 +234,15 @@ def bench(arguments: Namespace) -> None:
     """Compare the speed of training and generation with transformers.
 
     The two models take turns, each in its own process. Run no other program.
-    --busy measures training steps beside a busy program instead (10 GB of memory);
-    --phases, the parts of a training step.
+    --busy measures training steps beside a busy program instead (10 GB of memory).
 
     example:
       python main.py bench --profile cpu --only "greedy generation"
     """
-    config, rounds = configure(arguments), arguments.rounds
-    from workflow.tools import bench, busy, phases
+    config, rounds, only = configure(arguments), arguments.rounds, arguments.only
+    from workflow.tools import bench, busy
 
-    if arguments.busy or arguments.phases:
-        report = (busy if arguments.busy else phases).report(config, rounds)
-    else:
-        report = bench.report(config, rounds, arguments.only)
+    report = busy.report(config, rounds) if arguments.busy else bench.report(config, rounds, only)
     print(report, file=arguments.out)
 
 
@@ -258,28 +266,18 @@ COMMANDS = {command.__name__: command for command in ALL}
 
 
 def configure(arguments: Namespace, saved: dict | None = None, show=True, training=True):
-    """The settings, which are shown: if nothing is trained, without those of training."""
+    """The settings, which are shown: if nothing is trained, without those of training.
+
+    A model that is no reference is not that of the settings: it is named when it is opened.
+    """
     from workflow.config import load_config
 
     config = load_config(profile=arguments.profile, overrides=arguments.set, saved=saved)
-    if show:
-        print(config if training else config.header())
+    if show and training:
+        print(config)
+    elif show and getattr(arguments, "checkpoint", REFERENCE) == REFERENCE:
+        print(config.header())
     return config
-
-
-def open_reference(arguments: Namespace):
-    config = configure(arguments, training=arguments.command == "mutate")
-    from workflow.tools import models
-
-    return models.open_reference(config), config
-
-
-def open_model(arguments: Namespace):
-    """Model, tokenizer (of transformers), and provenance."""
-    config = configure(arguments, training=False)
-    from workflow.tools import models
-
-    return models.open_model(arguments.checkpoint, config)
 
 
 def train_until(max_steps: int, run, config) -> None:

@@ -38,7 +38,6 @@ def executable(path: Path, text: str) -> None:
     [
         (False, "", 0, True, "Installing torch's CPU build"),
         (True, "", 0, False, "Installing requirements.txt"),
-        (False, "TORCH=cuda", 0, False, "Installing requirements.txt"),
         (True, "TORCH=cpu", 0, True, "Installing torch's CPU build"),
         (False, "", 1, True, "cannot be reached: pip installs the build of its own index"),
     ],

@@ -112,15 +112,14 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
     """
     lock = FileLock(folder.resolve() / ".lock", timeout=0, is_singleton=True)
     holder = folder / ".holder"
-    try:
+    with disk_errors(folder, setting):
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        try:
+            lock.acquire()
+        except Timeout:
+            who = holder.read_text("utf-8") if holder.is_file() else "another process"
+            raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
-    except Timeout:
-        who = holder.read_text("utf-8") if holder.is_file() else "another process"
-        raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
-    except OSError as error:
-        raise disk_error(folder, setting, error) from error
     return lock
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workflow import OPENMP_VARIABLES
-from workflow.tools import bench, busy, phases
+from workflow.tools import bench, busy
 from workflow.tools.bench import BF16, OURS, THEIRS, Case
 
 
@@ -87,17 +87,6 @@ def test_steps_are_measured_quiet_and_beside_a_busy_program(here, monkeypatch):
     with busy.environment({"OMP_WAIT_POLICY": "PASSIVE"}):
         assert os.environ.keys() & OPENMP_VARIABLES == {"OMP_WAIT_POLICY"}
     assert "GOMP_SPINCOUNT" in os.environ
-
-
-def test_phases_of_a_step_are_its_parts(here, monkeypatch):
-    monkeypatch.setattr(busy, "MODELS", {None: (16, 2)})
-    monkeypatch.setattr(phases, "MODELS", busy.MODELS)
-    code, out, err = here("bench", "--phases", "--rounds", "3")
-    assert code == 0, err
-    row = re.search(r"^\| tiny \| ([\d. |]+) \| ([\d.]+)%", out, re.MULTILINE)
-    *parts, step = map(float, row[1].split(" | "))
-    assert len(parts) == 4 and 0 < sum(parts) < 1.2 * step  # sums of medians
-    assert float(row[2]) == pytest.approx(100 * (parts[2] + parts[3]) / step, abs=10)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ TEXTS = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
 # parts of cells
 SETUP = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "load_corpus(")
 SETUP += ("open_run(",)
-TRAIN, RESUME, COMPARE = "run.train(config.train.steps)", "resume_run(", "assert resumed == "
+TRAIN, RESUME = "run.train(config.train.steps)", "resume_run("
 SMOKE_TEST = "training.smoke_test("
 SHORT_RUN = (
     "train.validate_every=100 train.checkpoint_every=100 sample.every=100 sample.new_tokens=8 "
@@ -182,25 +182,11 @@ def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(
     assert error.splitlines()[-1] == f"error: main.ipynb: ConfigError: {command_error}; {where}"
 
 
-@pytest.mark.parametrize(
-    ("source", "claim"),
-    [
-        ("%precision 3\nx = 2\nassert x == 3  # no", "x == 3"),
-        ("if x:\n    assert (\n        x\n        == 3\n    ), f'it is {x}'", "x == 3, it is 1"),
-    ],
-)
-def test_a_failed_claim_is_named_in_one_line(here, project, source, claim):
-    write_cells(project, "x = 1\nassert x == 1", source)
+def test_a_failed_claim_is_named_in_one_line(here, project):
+    write_cells(project, "x = 1\nassert x == 1", "if x:\n    assert x == 3")
     code, _, error = here(*RUN)
-    line = f"error: main.ipynb: the claim failed: {claim}; read the output so far in "
+    line = "error: main.ipynb: the claim failed: x == 3; read the output so far in "
     assert code == 1 and error.splitlines()[-1].startswith(line)
-
-
-def test_a_kernel_in_which_assert_is_off_is_refused(here, project, monkeypatch):
-    write_cells(project, "from workflow.config import load_config\nload_config()\nassert False")
-    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
-    code, _, error = here(*RUN)
-    assert code == 2 and "WorkflowError: python: assert is off, so " in error.splitlines()[-1]
 
 
 def test_without_main_ipynb_the_error_is_one_line(refused, project):
@@ -262,49 +248,3 @@ for _ in range(3):
     assert process.returncode == 143
     assert re.sub(r"^….*\n", "", errors, flags=re.MULTILINE) == STOPPED  # a busy machine
     assert running(project) == []
-
-
-@pytest.fixture
-def kernel(project):
-    """A Jupyter kernel, as JupyterLab starts it."""
-    from jupyter_client.manager import start_new_kernel
-
-    options = {"cwd": project, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
-    manager, client = start_new_kernel(**options)
-    yield manager, client
-    client.stop_channels()
-    manager.shutdown_kernel(now=True)
-
-
-@pytest.mark.slow
-def test_long_cells_can_be_interrupted_and_run_again(project, kernel):
-    manager, client = kernel
-
-    def run(source: str, interrupt_at: str | None = None) -> str:
-        """What a cell prints. It may fail only with the KeyboardInterrupt, once that is printed."""
-        printed = ""
-
-        def hook(message):
-            nonlocal printed
-            if message["msg_type"] == "stream":
-                printed += message["content"]["text"]
-                if interrupt_at and interrupt_at in message["content"]["text"]:
-                    manager.interrupt_kernel()
-
-        reply = client.execute_interactive(source, output_hook=hook, timeout=200)["content"]
-        assert reply.get("ename") == ("KeyboardInterrupt" if interrupt_at else None), reply
-        return printed
-
-    overrides = f"{SHORT_RUN} train.steps=400 train.resume_steps=100".split()
-    first_cell = f"PROFILE, OVERRIDES = 'ci', {overrides}"
-    setup = [first_cell, *(cell_with(part).source for part in SETUP[1:])]
-    list(map(run, setup))
-    for part, moment in ((TRAIN, "Step: 200,"), (RESUME, "Resume Loss")):
-        for interrupt_at in (moment, None):
-            assert "Saved checkpoint_" in run(cell_with(part).source, interrupt_at)
-    assert "Found: 100 steps, largest difference of a loss: 0.0" in run(cell_with(COMPARE).source)
-    losses = read_losses(project)
-    assert list(losses) == list(range(1, 501))
-    again = [run(source) for source in (*setup, cell_with(TRAIN).source, cell_with(RESUME).source)]
-    assert "(it is at step 500, " in "".join(again)
-    assert read_losses(project) == losses

@@ -1,7 +1,6 @@
 """Values that are valid alone, but not together. Each is refused before anything starts."""
 
 import difflib
-from collections.abc import Iterator
 
 
 def problem(config) -> str | None:
@@ -42,40 +41,34 @@ def device_problem(device: str) -> str | None:
     kind, _, number = device.partition(":")
     if kind == "cuda" and not torch.cuda.is_available():
         return f"run.device is {device}, but torch finds no CUDA GPU here"
-    if number and int(number) >= (count := torch.cuda.device_count()):
-        return f"run.device is {device}, but the last of the {count} GPUs here is cuda:{count - 1}"
     if kind == "mps" and not torch.backends.mps.is_available():
         return "run.device is mps, but torch finds no Apple GPU here"
+    if number and int(number) >= (count := torch.cuda.device_count()):
+        return f"run.device is {device}, but the last of the {count} GPUs here is cuda:{count - 1}"
     return None
 
 
-def limits(config) -> Iterator[tuple[str, float, str, float]]:
+def limits(config) -> list[tuple[str, float, str, float]]:
     """A key, its value, the name of its limit, and the limit."""
     train, smoke_test, mutations = config.train, config.smoke_test, config.mutations
-    original = f"model {config.model}", config.model_entry
-    key = "train.model" if train.model else "model"
-    trained = f"{key} {config.train_model}", config.models[config.train_model]
-    for name, value, (model, entry), needed in (
-        ("train.sequence_length", train.sequence_length, trained, 0),
-        ("sample.new_tokens", config.sample.new_tokens, trained, 1),
-        ("evaluation.window", config.evaluation.window or 0, trained, 0),
-        ("smoke_test.sequence_length", smoke_test.sequence_length, original, 0),
-        ("mutations.sequence_length", mutations.sequence_length, original, 0),
-        ("mutations.tokens", mutations.tokens, original, 0),
-        ("proof.new_tokens", config.proof.new_tokens, original, 300),  # the longest prompt
-    ):
-        context = f"the context of {model}" + (f" - {needed}" if needed else "")
-        yield name, value, context, entry.architecture.max_position_embeddings - needed
-    for name, part in (("train", train), ("smoke_test", smoke_test), ("mutations", mutations)):
-        # a larger batch would fill the memory before an error is shown
-        keys = f"{name}.batch_size × {name}.sequence_length"
-        yield keys, part.batch_size * part.sequence_length, "2^24", 2**24
-    length, schedule = train.sequence_length, train.schedule_steps
-    yield "train.sequence_length", length, "train.validation_tokens", train.validation_tokens
-    yield "train.warmup_steps", train.warmup_steps, "train.schedule_steps", schedule
-    decay, after = train.decay_steps or 0, schedule - train.warmup_steps
-    yield "train.decay_steps", decay, "train.schedule_steps - train.warmup_steps", after
-    rate, smallest = train.learning_rate, train.min_learning_rate
-    yield "train.min_learning_rate", smallest, "train.learning_rate", rate
-    save_at, last = smoke_test.save_at, smoke_test.steps - 1
-    yield "smoke_test.save_at", save_at, "smoke_test.steps - 1", last
+    original = config.model_entry.architecture.max_position_embeddings
+    trained = config.train_architecture.max_position_embeddings
+    of_original = f"the context of model {config.model}"
+    of_trained = f"the context of {'train.model' if train.model else 'model'} {config.train_model}"
+    length, steps = train.sequence_length, train.schedule_steps
+    lowest = train.min_learning_rate
+    after_warmup = "train.schedule_steps - train.warmup_steps"
+    return [
+        ("train.sequence_length", length, of_trained, trained),
+        ("evaluation.window", config.evaluation.window or 0, of_trained, trained),
+        ("smoke_test.sequence_length", smoke_test.sequence_length, of_original, original),
+        ("mutations.sequence_length", mutations.sequence_length, of_original, original),
+        ("mutations.tokens", mutations.tokens, of_original, original),
+        # the longest prompt has 300
+        ("proof.new_tokens", config.proof.new_tokens, f"{of_original} - 300", original - 300),
+        ("train.sequence_length", length, "train.validation_tokens", train.validation_tokens),
+        ("train.warmup_steps", train.warmup_steps, "train.schedule_steps", steps),
+        ("train.decay_steps", train.decay_steps or 0, after_warmup, steps - train.warmup_steps),
+        ("train.min_learning_rate", lowest, "train.learning_rate", train.learning_rate),
+        ("smoke_test.save_at", smoke_test.save_at, "smoke_test.steps - 1", smoke_test.steps - 1),
+    ]

@@ -8,16 +8,16 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from functools import reduce
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from workflow.config.settings import RENAMED_KEYS, Config, expand
+from workflow.config.settings import Config
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
 from workflow.files import project_file
 
@@ -47,24 +47,30 @@ def load_config(
         raise WorkflowError("python", "assert is off, so claims would not be checked", fix)
     path, saved = Path(path or project_file(CONFIG)), saved or {}
     values, (changes, causes) = read_yaml(path), parse_overrides(overrides)
-    profiles = values.pop("profiles", None)
-    profiles = profiles if isinstance(profiles, dict) else {}
-    check_tables(merge(merge(values, saved), changes), path, causes)
-    name, reason, place = choose_profile(profile, str(values.get("profile", "auto")), saved)
+    profiles = values.pop("profiles", None) or {}
+    # first without `models:`: it needs torch, which takes seconds to import
+    tables = merged(values, saved, *changes)
+    validate({key: tables[key] for key in tables if key != "models"}, path, causes, complete=False)
+    name, reason = choose_profile(profile, str(values.get("profile", "auto")), saved)
     if not isinstance(profiles.get(name, {} if saved else "absent"), dict | None):
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
-        raise ConfigError(place or path, f"there is no profile {name!r}", fix)
+        raise ConfigError(f"profile {name} ({reason})", "there is no such profile", fix)
     check_torch()
-    of_profile = profiles.get(name) or {}
-    keys = () if saved else list(changed_keys(values, of_profile))
-    values = merge(merge(values, of_profile), saved) | {"profile": name, "profile_reason": reason}
+    of_profile, base = profiles.get(name) or {}, dict(leaves(values))
+    changed = [key for key, value in leaves(of_profile) if value != base.get(key)]
+    fresh = os.environ.get("FRESH") == "1"
+    about = {
+        "profile": name,
+        "profile_reason": reason,
+        "profile_keys": [] if saved else changed,
+        "name_suffix": time.strftime("-%Y%m%d-%H%M%S") if fresh else "",
+        "overrides": [cause.partition(" ")[2] for cause in causes.values()],
+    }
+    config = validate(merged(values, of_profile, saved, *changes, about), path, causes)
     for setting in INPUTS:
-        values = beside(path.parent, values, setting)
-    if os.environ.get("FRESH") == "1":
-        values["name_suffix"] = time.strftime("-%Y%m%d-%H%M%S")
-    shown = {"profile_keys": keys}
-    shown["overrides"] = [cause.partition(" ")[2] for cause in causes.values()]
-    return validate(merge(values, changes) | shown, path, causes)
+        if setting not in causes:  # what is typed is relative to the user's folder
+            config = beside(path.parent, config, setting)
+    return config
 
 
 def check_torch() -> None:
@@ -76,30 +82,18 @@ def check_torch() -> None:
         raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
 
 
-def beside(folder: Path, values: Mapping, setting: str) -> Mapping:
+def beside(folder: Path, config: Config, setting: str) -> Config:
     """Replaces a relative path by the one in `folder`, if it exists there; the cache always is."""
     table, _, key = setting.partition(".")
-    names = values[table].get(key) if isinstance(values.get(table), dict) else None
+    section = getattr(config, table)
+    names = getattr(section, key)
 
     def place(name: Any) -> Any:
-        with suppress(ValueError):  # what is no path is refused later
-            path = str(folder / expand(name)) if name and isinstance(name, str) else ""
-            if path and (key == "cache" or os.path.exists(path)):
-                return path
-        return name
+        path = folder / name
+        return type(name)(path) if key == "cache" or os.path.exists(path) else name
 
-    places = [place(name) for name in names] if isinstance(names, list) else place(names)
-    return values if places == names else merge(values, {table: {key: places}})
-
-
-def changed_keys(base: Mapping, changes: Mapping, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of `changes` whose values are not those of `base`."""
-    for key, value in changes.items():
-        old = base.get(key)
-        if isinstance(old, dict) and isinstance(value, dict):
-            yield from changed_keys(old, value, f"{prefix}{key}.")
-        elif old != value:
-            yield f"{prefix}{key}"
+    names = tuple(map(place, names)) if isinstance(names, tuple) else names and place(names)
+    return config.model_copy(update={table: section.model_copy(update={key: names})})
 
 
 def leaves(table: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -119,9 +113,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(path, f"it cannot be read: {error}", fix) from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        found = "nothing" if values is None else f"a {type(values).__name__}"
-        what = f"it contains {found}, expected a table of settings"
-        raise ConfigError(path, what, "see the project's own YAML")
+        raise ConfigError(path, "it is no table of settings", "see the project's own YAML")
     return values
 
 
@@ -148,8 +140,8 @@ def dump_yaml(values: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[str, str, str]:
-    """The profile, the reason for it, and what named it, or "" for the file.
+def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[str, str]:
+    """The profile, and the reason for it.
 
     That of a run stays. Otherwise the argument is first, then the environment, the file.
     """
@@ -157,20 +149,20 @@ def choose_profile(argument: str | None, in_file: str, saved: Mapping) -> tuple[
         if argument not in (None, "auto", name):
             what, fix = f"this run has the profile {name}", "omit it; change settings with --set"
             raise ConfigError(f"--profile {argument}", what, fix)
-        return name, "settings from the checkpoint", ""
-    for name, reason, place in (
-        (argument, "as requested", f"--profile {argument}"),
-        (os.environ.get(PROFILE_VARIABLE), f"set by {PROFILE_VARIABLE}", PROFILE_VARIABLE),
-        (in_file, "set in the YAML", ""),
+        return name, "settings from the checkpoint"
+    for name, reason in (
+        (argument, "as requested"),
+        (os.environ.get(PROFILE_VARIABLE), f"set by {PROFILE_VARIABLE}"),
+        (in_file, "set in the YAML"),
     ):
         if name and name != "auto":
-            return name, reason, place
+            return name, reason
     import torch  # takes seconds
 
-    has_gpu = torch.cuda.is_available()
-    reason = "a CUDA GPU was found" if has_gpu else "no CUDA GPU was found"
     how = f"to choose another: `make run PROFILE=cpu` or {PROFILE_VARIABLE}=cpu"
-    return ("full" if has_gpu else "quick"), f"{reason}; {how}", ""
+    if torch.cuda.is_available():
+        return "full", f"a CUDA GPU was found; {how}"
+    return "quick", f"no CUDA GPU was found; {how}"
 
 
 def merge(base: Any, changes: Any) -> Any:
@@ -180,16 +172,22 @@ def merge(base: Any, changes: Any) -> Any:
     return base | {key: merge(base.get(key), value) for key, value in changes.items()}
 
 
-def parse_overrides(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """SMOLLM_SET, then `overrides`, as one table; for each key, the place and words that set it."""
+def merged(*tables: Any) -> Any:
+    """One table after the other, each merged into the result so far."""
+    return reduce(merge, tables)
+
+
+def parse_overrides(overrides: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """SMOLLM_SET, then `overrides`, as tables; for each key, the place and words that set it."""
     with one_line_errors(OVERRIDES_VARIABLE, "write key=value, separated by spaces"):
         environment = shlex.split(os.environ.get(OVERRIDES_VARIABLE, ""))
-    given = [(OVERRIDES_VARIABLE, override) for override in environment]
-    given += [("--set", override) for override in overrides]
-    changes, causes = {}, {}
-    for place, override in given:
-        key, change = parse_override(override, f"{place} {override}")
-        changes, causes[key] = merge(changes, change), f"{place} {override}"
+    given = [f"{OVERRIDES_VARIABLE} {override}" for override in environment]
+    given += [f"--set {override}" for override in overrides]
+    changes, causes = [], {}
+    for cause in given:
+        key, change = parse_override(cause.partition(" ")[2], cause)
+        changes.append(change)
+        causes[key] = cause
     return changes, causes
 
 
@@ -199,7 +197,7 @@ def parse_override(override: str, where: str) -> tuple[str, dict[str, Any]]:
     key = key.strip()
     if not equals or not key:
         raise ConfigError(where, "this is not key=value", "write for example train.steps=100")
-    if key in ("profile", "profile_reason", "profile_keys", "name_suffix", "overrides"):
+    if key == "profile":
         raise ConfigError(where, "this is not a setting", "choose a profile with --profile")
     change = parse_value(text, type_at(key.split(".")), where)
     for part in reversed(key.split(".")):
@@ -212,13 +210,12 @@ def parse_value(text: str, kind: Any, where: str) -> Any:
 
     Words and paths are taken as they are, even with `#` or `: `. All else is read as YAML.
     """
-    kinds, origin = [kind, *get_args(kind)], get_origin(kind)
-    is_text = any(k in (str, Path) or isinstance(k, str) for k in kinds)
-    if is_text and origin in (None, Union, UnionType, Literal):
-        return None if text == "null" and NoneType in kinds else text
-    if is_text and origin is tuple and not text.startswith("["):
-        return [text]  # one path, without brackets
-    return text if " #" in text else parse_yaml(text, where)  # never cut off as a comment
+    kinds, is_list = [kind, *get_args(kind)], get_origin(kind) is tuple
+    if not any(k in (str, Path) or isinstance(k, str) for k in kinds):
+        return parse_yaml(text, where)
+    if is_list:  # one path needs no brackets
+        return parse_yaml(text, where) if text.startswith("[") else [text]
+    return None if text == "null" and NoneType in kinds else text
 
 
 def type_at(keys: Sequence[str]) -> Any:
@@ -228,23 +225,13 @@ def type_at(keys: Sequence[str]) -> Any:
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
         else:
-            tables = [part for part in (kind, *get_args(kind)) if isinstance(part, type)]
-            kind = get_type_hints(tables[0]).get(key) if tables else None
-        if kind is Any:  # `architecture`, whose class needs torch
-            from SmolLm3 import ModelConfig
-
-            kind = ModelConfig
+            parts = (part for part in (kind, *get_args(kind)) if isinstance(part, type))
+            kind = get_type_hints(next(parts, object)).get(key)
     return kind
 
 
-def check_tables(values: Mapping[str, Any], path: Path, causes: Mapping[str, str]) -> None:
-    """Refuses what is wrong outside `models:`, which needs torch, whose import takes seconds."""
-    tables = {key: table for key, table in values.items() if key not in ("models", "profile")}
-    validate(tables, path, causes, complete=False)
-
-
 def validate(
-    values: dict[str, Any], path: str | Path, causes: Mapping[str, str], complete: bool = True
+    values: dict[str, Any], path: Path, causes: Mapping[str, str], complete: bool = True
 ) -> Config | None:
     """Checks the settings with pydantic. Its first error becomes a ConfigError.
 
@@ -263,9 +250,9 @@ def validate(
     # an unknown key is shown first: it is probably a misspelt missing key
     unknown = ("extra_forbidden", "unexpected_keyword_argument")
     first = sorted(errors, key=lambda e: e["type"] not in unknown)[0]
-    keys, kind = [str(key) for key in first["loc"]], first["type"]
+    key, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind in unknown:
-        near = similar_key(keys, values)
+        near = similar_key(key, values)
         what, fix = "there is no such key", f"did you mean {near}?" if near else "remove it"
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
@@ -274,31 +261,27 @@ def validate(
         fix = fix or "change it: --set KEY=VALUE"
     else:
         what, fix = f"{first['input']!r} does not fit: {first['msg']}", "change the value"
-    where = f"{path}: {'.'.join(keys)}" if keys else path
-    raise ConfigError(find_causes(".".join(keys), what, causes) or where, what, fix)
+    where = f"{path}: {key}" if key else path
+    raise ConfigError(find_causes(key, what, causes) or where, what, fix)
 
 
 def find_causes(key: str, what: str, causes: Mapping[str, str]) -> str:
     """The overrides that caused an error: of `key`, or without one of the keys in `what`."""
-    words, inside = re.findall(r"[\w.]+", what), f"{key}."
-    if key:
-        names = [n for n in causes if f"{n}.".startswith(inside) or inside.startswith(f"{n}.")]
-    else:
-        names = [name for name in causes if name in words]
-    return ", ".join(causes[name] for name in names)
+    keys = [f"{word}." for word in ([key] if key else re.findall(r"[\w.]+", what))]
+
+    def caused(name: str) -> bool:
+        return any(f"{name}.".startswith(key) or key.startswith(f"{name}.") for key in keys)
+
+    return ", ".join(causes[name] for name in causes if caused(name))
 
 
-def similar_key(keys: Sequence[str], values: Mapping[str, Any]) -> str | None:
-    """The full name of the setting that is most like an unknown one; first in the same table."""
-    *parents, last = keys
-    table = type_at(parents)
-    known = getattr(table, "model_fields", None) or getattr(table, "__dataclass_fields__", {})
-    names = [".".join([*parents, name]) for name in known]
-    settings = (name for name, _ in leaves(values) if not name.startswith("models."))
-    names += sorted(settings, key=lambda name: not name.startswith(("train.", "sample.")))
-    full_names: dict[str, str] = {}
-    for name in names:
-        if name != ".".join(keys):
-            full_names.setdefault(name.rpartition(".")[2], name)
-    near = difflib.get_close_matches(RENAMED_KEYS.get(last, last), full_names, n=1)
+def similar_key(unknown: str, values: Mapping[str, Any]) -> str | None:
+    """The setting that is most like an unknown one; first in the same table."""
+    table, _, last = unknown.rpartition(".")
+    names = [*values, *(name for name, _ in leaves(values))]
+    names = [name for name in names if not f"{name}.".startswith(f"{unknown}.")]
+    first = (f"{table}.", "train.", "sample.")
+    names.sort(key=lambda name: [not name.startswith(start) for start in first])
+    full_names = {name.rpartition(".")[2]: name for name in reversed(names)}
+    near = difflib.get_close_matches(last, full_names, n=1)
     return full_names[near[0]] if near else None

@@ -30,18 +30,11 @@ if TYPE_CHECKING:
 
     from SmolLm3 import ModelConfig
 
-# Old key -> new key: for checkpoints of version 2, and for "did you mean" in an error.
+# Old key of `train` -> new key: checkpoints of version 2 have the old ones.
 RENAMED_KEYS = {
-    "breaking": "mutations",
     "clip_norm": "max_grad_norm",
-    "members": "models",
-    "other_rates": "other_learning_rates",
     "print_every": "log_every",
     "recompute": "activation_checkpointing",
-    "record": "curves_file",
-    "rehearsal": "smoke_test",
-    "text": "fallback_text",
-    "wikitext": "wikitext_file",
 }
 SMOKE_TEST = "-smoke-test"  # the end of its profile's name
 # These do not change the numbers of a run: they may change between start and resume.

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -46,13 +47,13 @@ def export(
     gguf: F32, F16 or Q8_0 adds `<folder>-<gguf>.gguf`. Tied embeddings are stored once.
     Raises WorkflowError if the folder exists and is not empty, or DiskError.
     """
-    folder, provenance = Path(folder), {"name": "A Llama", **(provenance or {})}
+    folder = Path(folder)
+    check_folder(folder)
+    provenance = {"name": "A Llama", **(provenance or {})}
     place, exists = Path(os.path.realpath(folder)), os.path.exists(folder)  # it can be a link
     # a folder that exists can be a mount, which nothing can replace: the files are moved into it
     partial = (place if exists else place.parent) / f"{place.name}.tmp.{os.getpid()}"
     try:
-        if exists and (not place.is_dir() or any(place.iterdir())):
-            raise WorkflowError(folder, "it exists and is not an empty folder", "name a new one")
         partial.mkdir(parents=True)
         write_folder(model, tokenizer, partial)
         write_card(model, partial / "README.md", provenance)
@@ -70,6 +71,14 @@ def export(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Raises WorkflowError if the folder exists and is not empty."""
+    with suppress(OSError):  # it is a file, or cannot be read
+        if not os.path.exists(folder) or not any(folder.iterdir()):
+            return
+    raise WorkflowError(folder, "it exists and is not an empty folder", "name a new one")
 
 
 def write_folder(model: LlamaModel, tokenizer, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from workflow.errors import ConfigError
 
+REFERENCE = "reference"  # instead of a path: the original's weights
 MODEL_WORDS = "a checkpoint file, a run's folder (its newest one), or an exported folder"
 
 
@@ -72,7 +73,6 @@ def add_options(parser: ArgumentParser, command: str) -> None:
         add("--rounds", metavar="N", type=at_least(1), default=7, help="repetitions (default: 7)")
         add = parser.add_mutually_exclusive_group().add_argument
         add("--busy", **flag, help="measure training steps beside a busy program")
-        add("--phases", **flag, help="measure the parts of a training step")
         add("--only", metavar="WORDS", default="", help="rows named …WORDS… (default: all)")
 
 
@@ -81,7 +81,7 @@ def add_generate_options(parser: ArgumentParser) -> None:
     words = "the text to continue; - reads stdin (default: -)"
     add("prompt", metavar="PROMPT", nargs="?", default="-", help=words)
     words = f"{MODEL_WORDS} (default: reference, the original)"
-    add("--checkpoint", metavar="PATH", default="reference", help=words)
+    add("--checkpoint", metavar="PATH", default=REFERENCE, help=words)
     add("--bf16", **flag, help="weights in bfloat16: faster, less exact")
     add("--chat", **flag, help="PROMPT is a user's message; needs an Instruct model")
     words = "at most N new tokens (default: 64)"

@@ -24,7 +24,8 @@ from SmolLm3 import LlamaModel, load_hf_weights
 from workflow.analysis import prepare_for_generation
 from workflow.config import Config
 from workflow.errors import WorkflowError
-from workflow.reference import Reference, load_reference
+from workflow.reference import Reference
+from workflow.tools.models import open_reference
 from workflow.training import TrainStep, hardware, make_optimizer
 
 OURS, THEIRS, COMPILED, BF16 = "this project", "transformers", ", compiled", ", bfloat16"
@@ -127,8 +128,7 @@ def random_tokens(vocab_size: int, batch_size: int, length: int) -> torch.Tensor
 
 def prepare(case: Case, config: Config) -> Callable:
     """The function of a case, with the reference's weights."""
-    source, cache = config.reference.source, config.paths.cache
-    reference = load_reference(source, config.model_entry, cache=cache)
+    reference = open_reference(config)
     reference.model.to(config.device)
     return TASKS[case.task](case, reference, config)
 
@@ -172,6 +172,7 @@ def worker_process(
 
 def measure(case: Case, other: Case, config: Config, rounds: int) -> str:
     """The Markdown row of a case and what it is compared with."""
+    print(f"measuring {case}", file=sys.stderr)
     with worker_process(case, config) as call, worker_process(other, config) as call_other:
         return compare(case, other, call, call_other, rounds)
 
@@ -204,7 +205,4 @@ def report(config: Config, rounds: int, only: str = "") -> str:
         names = "; ".join(dict.fromkeys(str(case) for case, _ in rows))
         raise WorkflowError(f"bench --only {only}", "no row has this name", f"rows: {names}")
     lines = [*heading(config), HEADER, "|---" * 7 + "|"]
-    for case, other in chosen:
-        print(f"measuring {case}", file=sys.stderr)
-        lines.append(measure(case, other, config, rounds))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(measure(*pair, config, rounds) for pair in chosen)])

@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
-from torch import Tensor
-
 from SmolLm3 import LlamaModel
 from workflow import OPENMP_VARIABLES, SHORT_SPIN
 from workflow.config import Config
-from workflow.config.settings import TrainSettings
 from workflow.tools.bench import heading, random_tokens, worker_process
 from workflow.training import TrainStep, hardware
 
@@ -31,26 +28,16 @@ MODELS = {None: (128, 1), "small": (64, 20)}  # train.model -> tokens, steps per
 HEADER = "| model, threads | quiet, ms | busy, ms | busy / quiet | quiet / torch's default, quiet |"
 
 
-def train_settings(config: Config, model: str | None) -> TrainSettings:
-    length, _ = MODELS[model]
-    changes = {"model": model, "init": "scratch", "batch_size": 1, "sequence_length": length}
-    return config.train.model_copy(update=changes | {"micro_batch_size": None, "compile": False})
-
-
-def train_step(model: str | None, config: Config) -> tuple[TrainStep, Tensor, Tensor]:
-    """A training step of a model with random weights; its inputs and targets (1, T)."""
-    config = config.model_copy(update={"train": train_settings(config, model)})
-    hardware.prepare_device(config.device)
-    step = TrainStep(LlamaModel(config.train_architecture), config.train, config.device)
-    length, _ = MODELS[model]
-    tokens = random_tokens(config.train_architecture.vocab_size, 1, length + 1)
-    return step, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
 def training_steps(model: str | None, config: Config) -> Callable:
-    """A function that does some training steps of a model."""
-    step, inputs, targets = train_step(model, config)
-    _, count = MODELS[model]
+    """A function that does some training steps of a model with random weights."""
+    length, count = MODELS[model]
+    architecture = config.models[model or config.model].architecture
+    changes = {"batch_size": 1, "micro_batch_size": None, "compile": False}
+    hardware.prepare_device(config.device)
+    settings = config.train.model_copy(update=changes)
+    step = TrainStep(LlamaModel(architecture), settings, config.device)
+    tokens = random_tokens(architecture.vocab_size, 1, length + 1)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     return lambda: [(step(0, inputs, targets), step.metrics()) for _ in range(count)]
 
 
@@ -77,6 +64,7 @@ def busy_program() -> Iterator[None]:
 
 def measure(model: str | None, config: Config, rounds: int) -> Iterator[str]:
     """The Markdown rows of a model. All settings take turns, quiet and busy."""
+    print(f"measuring {model or config.model}", file=sys.stderr)
     quiet, busy = {name: [] for name in SETTINGS}, {name: [] for name in SETTINGS}
     with ExitStack() as processes:
         workers = {}
@@ -101,7 +89,4 @@ def measure(model: str | None, config: Config, rounds: int) -> Iterator[str]:
 def report(config: Config, rounds: int) -> str:
     """Date, machine, versions, and a Markdown table."""
     lines = [*heading(config), HEADER, "|---" * 5 + "|"]
-    for model in MODELS:
-        print(f"measuring {model or config.model}", file=sys.stderr)
-        lines += measure(model, config, rounds)
-    return "\n".join(lines)
+    return "\n".join([*lines, *(row for m in MODELS for row in measure(m, config, rounds))])

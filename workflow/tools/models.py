@@ -7,8 +7,7 @@ from pathlib import Path
 from workflow.config import Config
 from workflow.errors import ForeignError
 from workflow.reference import Reference, load_exported, load_for_generation, load_reference
-
-REFERENCE = "reference"  # instead of a path: the original's weights
+from workflow.tools.arguments import REFERENCE
 
 
 def open_reference(config: Config) -> Reference:
@@ -27,13 +26,14 @@ def open_model(name: str, config: Config):
     if name == REFERENCE:
         reference = open_reference(config)
         return proof.copy_reference(reference), reference.tokenizer, asdict(reference.provenance)
-    path = Path(name)
-    if os.path.isfile(path / "config.json"):
-        return load_exported(path)
+    path, runs = Path(name), config.paths.checkpoints
     try:
-        return training.load_model(path, config.paths.checkpoints)
+        is_exported = os.path.isfile(path / "config.json")
+        opened = load_exported(path) if is_exported else training.load_model(path, runs)
     except ForeignError as error:
-        return training.load_foreign_model(error, open_reference(config))
+        opened = training.load_foreign_model(error, open_reference(config))
+    print(f"Model {opened[2]['name']}")
+    return opened
 
 
 def open_generator(name: str, config: Config, chat: bool):

@@ -1,6 +1,5 @@
 """Executes main.ipynb in a Jupyter kernel and shows its output live."""
 
-import ast
 import asyncio
 import os
 import re
@@ -57,7 +56,7 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
             print("Stopped; the same command continues", file=sys.stderr)
             raise Stopped(client.stopped_by) from None
         write_notebook(notebook, RUNS / "failed")
-        raise one_line_error(error, client.cell) from None
+        raise one_line_error(error) from None
     finally:
         raise_on_signals()  # the end of asyncio's loop has reset them
     folder = run_folder(notebook)
@@ -77,7 +76,6 @@ class LiveClient(NotebookClient):
     """Prints what the kernel prints, and sends it the signals that this process gets."""
 
     stopped_by = 0  # number of the last signal
-    cell: NotebookNode | None = None  # the newest one
     section = "Start"  # the title of the section whose cells are executed
 
     def __init__(self, *arguments, **options):
@@ -108,7 +106,6 @@ class LiveClient(NotebookClient):
     async def async_execute_cell(self, cell, *arguments, **options):
         if self.stopped_by:  # between two cells, the kernel ignores an interrupt
             raise DeadKernelError("stopped between two cells")
-        self.cell = cell
         if title := re.match(r"## (.+)", cell.source):
             self.section = title[1]
             print(f"\n--- {self.section}")
@@ -129,10 +126,10 @@ class LiveClient(NotebookClient):
             self.stopping = asyncio.ensure_future(self.km.signal_kernel(number))
 
 
-def one_line_error(error: Exception, cell: NotebookNode | None) -> WorkflowError:
+def one_line_error(error: Exception) -> WorkflowError:
     """The error of a cell or of a dead kernel; exit code: of a WorkflowError, otherwise 1."""
     name, what = getattr(error, "ename", ""), getattr(error, "evalue", error)
-    if name == "AssertionError" and (claim := failed_claim(cell.source, str(error))):
+    if name == "AssertionError" and (claim := failed_claim(str(error))):
         name, what = "the claim failed", f"{claim}, {what}".removesuffix(", ")
     fix = f"read the output so far in {RUNS / 'failed.ipynb'}"
     result = WorkflowError(NAME, f"{name}: {what}".removeprefix(": "), fix)
@@ -140,17 +137,12 @@ def one_line_error(error: Exception, cell: NotebookNode | None) -> WorkflowError
     return result
 
 
-def failed_claim(source: str, traceback: str) -> str:
-    """The condition of the assert that failed in a cell, or "" if it failed elsewhere."""
-    from IPython.core.inputtransformer2 import TransformerManager  # only needed here
-    from nbconvert.filters import strip_ansi
+def failed_claim(traceback: str) -> str:
+    """The condition of the assert that failed in a cell, or "" if something else failed."""
+    from nbconvert.filters import strip_ansi  # 1 s, only needed here
 
-    arrow = re.search(r"^-+> *(\d+) ", strip_ansi(traceback), re.MULTILINE)
-    line = int(arrow[1]) if arrow else 0
-    for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
-        if isinstance(node, ast.Assert) and node.lineno <= line <= node.end_lineno:
-            return ast.unparse(node.test)
-    return ""
+    line = re.search(r"^-+> *\d+ +(.*)$", strip_ansi(traceback), re.MULTILINE)
+    return line[1].removeprefix("assert ") if line and line[1].startswith("assert ") else ""
 
 
 def run_folder(notebook: NotebookNode) -> Path:

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from workflow.training.checkpoint import flatten
 from workflow.training.metrics import FOLDER_KEY, METRICS_FILE, SETTINGS_FILE, read_log
 
 COLUMNS = ("run", "began (UTC)", "model", "data", "steps", "loss", "held out", "differs")
-OTHER_TABLES = ("paths", "proof", "mutations", "smoke_test", "evaluation")  # not about training
+# not about training
+OTHER_TABLES = ("models", "paths", "proof", "mutations", "smoke_test", "evaluation")
 # often shares of others: shown last
 DERIVED = [f"train.{key}_steps" for key in ("schedule", "warmup", "decay")]
 DERIVED.append("train.min_learning_rate")
@@ -29,13 +29,13 @@ class RunRecord:
 
     name: str
     began: str  # UTC, ISO 8601
-    settings: Mapping[str, Any]  # flat, in the order of the YAML; {} before there was the file
+    settings: Mapping[str, Any]  # flat, in the order of the YAML
     data: str
     rows: Sequence[Mapping[str, Any]]  # of the log
 
     @property
     def model(self) -> str:
-        return self.settings.get("train.model") or self.settings.get("model", "?")
+        return self.settings["train.model"] or self.settings["model"]
 
     def last(self, key: str) -> str:
         values = [row[key] for row in self.rows if key in row]
@@ -44,19 +44,18 @@ class RunRecord:
 
 def read_run(folder: Path) -> RunRecord:
     """Raises an error of any kind if the folder is not a run's, or is damaged."""
-    if not (log := folder / METRICS_FILE).is_file():
-        raise WorkflowError(folder, f"there is no {METRICS_FILE} in it", "name a run")
-    file = folder / SETTINGS_FILE
-    settings = read_yaml(file) if file.is_file() else {}
+    log, file = folder / METRICS_FILE, folder / SETTINGS_FILE  # older releases wrote no settings
+    for path in (log, file):
+        if not path.is_file():
+            raise WorkflowError(folder, f"there is no {path.name} in it", "name a run")
+    settings, rows = read_yaml(file), read_log(log)
     provenance = json.loads((folder / "provenance.json").read_text("utf-8"))
-    rows, models = read_log(log), settings.pop("models", {})
-    row = models.get(settings["train"]["model"] or settings["model"]) if settings else None
-    settings |= {"architecture": row["architecture"]} if row else {}
-    hashes = {f"{key} (sha256)": provenance.get(f"{key}_sha256") for key in ("text", "weights")}
+    row = settings["models"][settings["train"]["model"] or settings["model"]]
     settings = {key: value for key, value in settings.items() if key not in OTHER_TABLES}
-    opened = datetime.fromtimestamp(log.stat().st_mtime, UTC).isoformat()
-    began = next((row["began"] for row in rows if "began" in row), opened)
-    flat = dict(flatten(settings | hashes)) if settings else {}
+    settings["architecture"] = row["architecture"]
+    settings |= {f"{key} (sha256)": provenance.get(f"{key}_sha256") for key in ("text", "weights")}
+    began = next(row["began"] for row in rows if "began" in row)
+    flat = dict(flatten(settings))
     record = RunRecord(folder.name, str(began), flat, str(provenance["text"]), rows)
     record.last("loss"), record.last("validation_loss")  # an error for what is not a number
     return record
@@ -107,8 +106,6 @@ def run_list(folder: Path) -> str:
 def shown_differences(before: RunRecord | None, record: RunRecord) -> str:
     if before is None:
         return "(the first)"
-    if not (before.settings and record.settings):
-        return f"(no {SETTINGS_FILE} to compare)"
     found = [f"{key} {old} → {new}" for key, old, new in differences(before, record)]
     more = [f"{len(found) - MAX_SHOWN} more"] if len(found) > MAX_SHOWN else []
     return ", ".join(found[:MAX_SHOWN] + more) or "nothing"
@@ -142,6 +139,4 @@ def comparison(folder: Path, one: RunRecord, other: RunRecord) -> str:
     heading = ("", one.name, other.name)
     keys = {"loss": "last training loss", "validation_loss": "last held-out loss"}
     losses = [(words, one.last(key), other.last(key)) for key, words in keys.items()]
-    missing = [f"{r.name} has no {SETTINGS_FILE}" for r in (one, other) if not r.settings]
-    table = aligned([heading, *losses, *([] if missing else differences(one, other))])
-    return "\n".join([table, *missing, f"Wrote {path}"])
+    return f"{aligned([heading, *losses, *differences(one, other)])}\nWrote {path}"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from workflow.errors import DiskError, WorkflowError
+from workflow.errors import DiskError, WorkflowError, one_line_errors
 
 CLOSED_PIPE = 141  # exit code, as of programs that SIGPIPE ends
 PIPE_ERRORS = (errno.EPIPE, errno.EINVAL)  # the second: Windows
@@ -94,10 +94,6 @@ def read_prompt() -> str:
     """The text on stdin, without a byte order mark and the last newline; lines end in newlines."""
     if sys.stdin is None:
         raise WorkflowError("stdin", "it is closed", "give PROMPT, or a text on stdin")
-    content = sys.stdin.buffer.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start + 1}, {content[error.start]:#04x}, is not UTF-8"
-        raise WorkflowError("stdin", what, "give the prompt as UTF-8") from None
-    return text.replace("\r\n", "\n").removesuffix("\n")
+    sys.stdin.reconfigure(encoding="utf-8-sig", newline=None)
+    with one_line_errors("stdin", "give the prompt as UTF-8"):
+        return sys.stdin.read().removesuffix("\n")
