@@ -42,13 +42,28 @@ def test_a_mutation_changes_the_model_and_is_removed_again(name, reference):
     assert model.lm_head.weight is model.embed_tokens.weight
 
 
-def test_results_and_curves_are_computed_saved_and_loaded(config, reference, tmp_path, capsys):
+def test_results_and_curves_are_computed_saved_and_loaded_also_after_an_interrupt(
+    config, reference, tmp_path, capsys, monkeypatch
+):
     settings = {"tokens": 40, "steps": 3, "other_learning_rates": (0.1,)}
     settings["curves_file"] = tmp_path / "curves.json"
     config = config.model_copy(update={"mutations": config.mutations.model_copy(update=settings)})
     model = copy_reference(reference)
     before = weights_sha256(hf_state_dict(model))
+    train, trained = mutations.train_mutation, []
+
+    def train_until_interrupted(name, rate, *rest):
+        trained.append((name, rate))
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return train(name, rate, *rest)
+
+    monkeypatch.setattr(mutations, "train_mutation", train_until_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mutations.run_mutations(model, reference, config)
     results, curves = mutations.run_mutations(model, reference, config)
+    assert len(trained) == len(curves) + 1 and trained[3] == trained[4]
+    assert [path.name for path in tmp_path.glob("curves*")] == ["curves.json"]
     assert weights_sha256(hf_state_dict(model)) == before
     assert [result.name for result in results] == list(MUTATIONS)
     passed = [result.name for result in results if result.failed_check is None]

@@ -86,7 +86,7 @@ def run_mutations(
 ) -> tuple[list[MutationResult], list[LossCurve]]:
     """Checks and trains the model with every mutation; `model` is unchanged at the end.
 
-    Training takes an hour on a CPU; if `mutations.steps` is 0, curves are read from a file.
+    Training takes one to two hours on a CPU; if `mutations.steps` is 0, curves are read from a file.
     """
     settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer
@@ -111,8 +111,15 @@ def run_mutations(
     high_loss = (BASELINE, RANDOM_HEAD, SHIFTED_TWICE)
     pairs = [(name, settings.learning_rate) for name in names]
     pairs += [(name, rate) for name in high_loss for rate in settings.other_learning_rates]
-    curves = [train_mutation(name, rate, model, corpus, ids, config) for name, rate in pairs]
-    save_curves(curves, settings.curves_file, provenance)
+    rates = [settings.learning_rate, *settings.other_learning_rates]
+    provenance |= {"steps": settings.steps, "rates": rates, "code": code_sha256(*CODE)}
+    file = settings.curves_file
+    partial = file.with_name(f"{file.name}.partial")  # after a stop, the same command continues
+    curves = load_curves(partial, provenance) if partial.is_file() else []
+    for name, rate in pairs[len(curves) :]:
+        curves.append(train_mutation(name, rate, model, corpus, ids, config))
+        save_curves(curves, partial, provenance)
+    partial.replace(file)
     return results, curves
 
 
@@ -140,7 +147,6 @@ def train_mutation(
 
 def save_curves(curves: list[LossCurve], file: Path, provenance: dict) -> None:
     content = provenance | {
-        "code": code_sha256(*CODE),
         "date": datetime.date.today().isoformat(),
         "machine": f"{describe_device(torch.device('cpu'))}, torch {torch.__version__}",
         "curves": [asdict(curve) for curve in curves],
