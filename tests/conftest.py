@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for this process and those that it starts
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -184,6 +186,7 @@ def fork(work: Callable[[], int | None], **environment: str) -> Fork:
         code = 1
         try:
             signal.alarm(120)  # ends a process that hangs
+            tqdm.set_lock(threading.RLock())  # the other is shared, and stays locked after a kill
             os.environ |= environment
             os.dup2(writing, 1), os.dup2(writing, 2)
             sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from workflow.errors import BusyError, DiskError
+from workflow.errors import BusyError, DiskError, WorkflowError
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def disk_errors(path: Path, setting: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_error(error):
+        if isinstance(error, WorkflowError) or not is_disk_error(error):
             raise
         raise disk_error(path, setting, error) from error
 
