@@ -18,7 +18,7 @@ from workflow import proof
 from workflow.config import load_config
 from workflow.proof import mistakes as m
 from workflow.proof.diagnosis import FIXES, NOT_BY_STATE
-from workflow.proof.names import match_names
+from workflow.proof.names import match_names, suggest_names
 from workflow.reference import load_reference
 
 ATTENTION = "layers.0, inside self_attn, between v_proj and o_proj"
@@ -153,8 +153,9 @@ def test_a_model_of_single_texts_is_not_compared_in_a_batch(judge):
     assert verdict.passed and "it accepts only one text at a time" in str(verdict)
 
 
-def test_nan_is_not_taken_for_dropout(judge):
-    logits = "def logits(model, ids):\n    return model(ids)[0] * float('nan')"
+@pytest.mark.parametrize("value", ["nan", "-inf"])
+def test_nan_and_infinity_are_not_taken_for_dropout(value, judge):
+    logits = f"def logits(model, ids):\n    return model(ids)[0] + float('{value}')"
     verdict = judge(f"{variant()}\n{logits}")
     assert verdict.mistakes == () and verdict.difference.state == "logits"
 
@@ -181,6 +182,24 @@ def test_what_does_not_fit_is_listed_and_a_names_is_suggested_but_not_used(candi
     file = candidate(f"import variants\nbuild = variants.Model\nNAMES = {suggested}")
     code, printed, _ = here("verify", "--quick", "--candidate", str(file))
     assert code == 0 and "my_model.py: the original." in printed
+
+
+def test_a_names_is_suggested_by_equal_names_then_by_shapes():
+    def tensors(stack: str, shapes: dict) -> dict:
+        return {f"{stack}.0.mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+
+    theirs = {"gate_proj.weight": (6, 4), "up_proj.weight": (6, 4), "down_proj.weight": (4, 6)}
+    theirs = {"model.embed_tokens.weight": torch.zeros(9, 4)} | tensors("model.layers", theirs)
+    embedding = {"embed_tokens.weight": torch.zeros(9, 4)}
+    # a tensor of its own comes first in a module
+    own = {"w": (6, 4), "gate_proj.weight": (6, 4), "up_proj.weight": (6, 4)}
+    own = embedding | tensors("blocks", own)
+    names = suggest_names(match_names(theirs, own, {}), theirs, own)
+    assert names == {"layers": "blocks", "mlp.down_proj": ("mlp.w", "transposed")}
+    own = embedding | tensors("blocks", {"gu.weight": (12, 4), "out.weight": (4, 6)})
+    names = suggest_names(match_names(theirs, own, {}), theirs, own)
+    fused = {("mlp.gate_proj", "mlp.up_proj"): "mlp.gu"}
+    assert names == {"layers": "blocks", **fused, "mlp.down_proj": "mlp.out"}
 
 
 T, S = torch.zeros, {"model.layers.0.self_attn.q_proj.weight": torch.zeros(4, 6)}
@@ -255,6 +274,14 @@ def test_its_modules_hide_ours_and_only_while_it_runs(judge, candidate, capsys):
     printed, errors = capsys.readouterr()
     assert errors == "building\n" and "building" not in printed
     assert str(candidate("")) not in sys.path
+
+
+@pytest.mark.parametrize("factor", [1, 1.002])
+def test_it_does_not_change_the_precision_of_the_original(factor, judge):
+    lines = "import torch", "torch.set_float32_matmul_precision('medium')"
+    logits = f"def logits(model, ids): return model(ids)[0] * {factor}"
+    verdict = judge("\n".join((variant(), *lines, logits)))
+    assert verdict.passed == (factor == 1) and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_candidate_may_accept_few_tokens(judge):

@@ -9,6 +9,7 @@ import SmolLm3
 from conftest import ROOT
 from SmolLm3 import hf_state_dict
 from workflow.analysis.states import state_names
+from workflow.errors import WorkflowError
 from workflow.files import weights_sha256
 from workflow.proof import copy_reference, mutations
 from workflow.proof.compared import Original, OurModel, encode_prompt
@@ -61,6 +62,8 @@ def test_results_and_curves_are_computed_saved_and_loaded_also_after_an_interrup
     monkeypatch.setattr(mutations, "train_mutation", train_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
         mutations.run_mutations(model, reference, config)
+    partial = json.loads((tmp_path / "curves.json.partial").read_text("utf-8"))
+    assert (partial["seed"], partial["eps"]) == (config.run.seed, config.mutations.eps)
     results, curves = mutations.run_mutations(model, reference, config)
     assert len(trained) == len(curves) + 1 and trained[3] == trained[4]
     assert [path.name for path in tmp_path.glob("curves*")] == ["curves.json"]
@@ -91,6 +94,10 @@ def test_curves_are_loaded_only_for_the_same_weights_and_text(tmp_path):
     for key in provenance:
         assert mutations.load_curves(file, provenance | {key: "another"}) == []
     assert mutations.load_curves(tmp_path / "absent.json", provenance) == []
+    damaged = tmp_path / "damaged.json"
+    damaged.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(WorkflowError, match=r"damaged\.json: .*; remove it, or name another"):
+        mutations.load_curves(damaged, provenance)
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ class Sandbox:
     def running(self, what: str) -> Iterator[None]:
         """what: is running, for the error."""
         path, dtype = list(sys.path), torch.get_default_dtype()
+        precision = torch.get_float32_matmul_precision()  # the original has the same
         ours = self.swap(self.modules)
         sys.path.insert(0, str(self.folder))
         try:
@@ -62,6 +63,7 @@ class Sandbox:
             self.modules = self.swap(ours)
             sys.path[:] = path
             torch.set_default_dtype(dtype)
+            torch.set_float32_matmul_precision(precision)
 
     def swap(self, modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
         """Takes all modules with names of this folder out of `sys.modules`; puts others there."""

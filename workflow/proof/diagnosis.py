@@ -202,7 +202,8 @@ def differs(c: Comparison, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
         wrong = ~((ours - theirs).abs() <= c.limits["logits match"])
     else:
         wrong = difference_by_position(ours, theirs) > c.limits[STATES[0]]
-    return wrong & ~(ours.isnan() & theirs.isnan())  # a state with NaN equals itself
+    # a state with NaN or infinity equals itself
+    return wrong & (ours != theirs) & ~(ours.isnan() & theirs.isnan())
 
 
 def find_mistakes(c: Comparison, difference: Difference, state: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from SmolLm3 import LlamaModel
 from workflow.analysis.states import state_names
 from workflow.config import Config
 from workflow.data import Corpus, batch_at, load_corpus, local_source
+from workflow.errors import one_line_errors
 from workflow.files import write_text_atomic
 from workflow.proof.checks import (
     compare_losses,
@@ -113,13 +114,15 @@ def run_mutations(
     pairs += [(name, rate) for name in high_loss for rate in settings.other_learning_rates]
     rates = [settings.learning_rate, *settings.other_learning_rates]
     provenance |= {"steps": settings.steps, "rates": rates, "code": code_sha256(*CODE)}
+    provenance |= {"seed": config.run.seed, "eps": settings.eps}
     file = settings.curves_file
     partial = file.with_name(f"{file.name}.partial")  # after a stop, the same command continues
     curves = load_curves(partial, provenance) if partial.is_file() else []
     for name, rate in pairs[len(curves) :]:
         curves.append(train_mutation(name, rate, model, corpus, ids, config))
         save_curves(curves, partial, provenance)
-    partial.replace(file)
+    save_curves(curves, file, provenance)
+    partial.unlink()
     return results, curves
 
 
@@ -155,10 +158,15 @@ def save_curves(curves: list[LossCurve], file: Path, provenance: dict) -> None:
 
 
 def load_curves(file: Path, provenance: dict) -> list[LossCurve]:
-    """The saved curves; none if they are for other weights, another text or another batch size."""
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """The saved curves; none if they are for other weights, another text or other settings.
+
+    Raises WorkflowError if the file is not JSON.
+    """
+    with one_line_errors(file, "remove it, or name another: --set mutations.curves_file=PATH"):
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     if any(content.get(key) != value for key, value in provenance.items()):
-        print("No curves are saved for these weights and this text: set mutations.steps=100")
+        what = "no curves for these weights, this text and these settings"
+        print(f"{file} has {what}: mutations.steps=100 computes them")
         return []
     curves = [LossCurve(**curve) for curve in content["curves"]]
     other = "" if content.get("code") == code_sha256(*CODE) else ", recorded by other code"

@@ -202,16 +202,18 @@ class Kind:
 def suggest_names(
     match: Match, theirs: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict:
-    """A NAMES for what is missing: tensors of equal shapes, in their order. A guess."""
+    """A NAMES for what is missing: equal names, then equal shapes in their order. A guess."""
     wanted, offered, names = kinds(match.missing, theirs), kinds(match.extra, parameters), {}
     if HEAD not in theirs:  # it is tied there, but it may have a name here
         wanted.append(Kind(None, ("lm_head",), tuple(theirs[EMBEDDING].shape), 1))
-    for kind in with_groups(wanted, offered):
-        fitting = [other for other in offered if kind.fits(other)]
-        if not fitting:
-            continue
-        found = min(fitting, key=lambda other: other.shape != kind.shape)  # the first of equals
-        offered.remove(found)
+    pairs = {a: b for a in wanted for b in offered if a.names == b.names and a.fits(b)}
+    offered = [other for other in offered if other not in pairs.values()]
+    for kind in with_groups([kind for kind in wanted if kind not in pairs], offered):
+        if fitting := [other for other in offered if kind.fits(other)]:
+            # the first of equals
+            pairs[kind] = min(fitting, key=lambda other: other.shape != kind.shape)
+            offered.remove(pairs[kind])
+    for kind, found in pairs.items():
         if kind.stack != found.stack:
             names[kind.stack] = found.stack
         (name,), turned = found.names, found.shape != kind.shape
@@ -228,13 +230,14 @@ def kinds(names: list[str], tensors: Mapping[str, Tensor]) -> list[Kind]:
 
 
 def with_groups(wanted: list[Kind], offered: list[Kind]) -> list[Kind]:
-    """The wanted kinds; those that are offered only in one tensor become one kind."""
+    """The wanted kinds; those that are offered in one tensor, not each alone, become one kind."""
     for group in GROUPS:
         members = [kind for part in group for kind in wanted if kind.names[0].endswith(part)]
         if len(members) == len(group):
             names = tuple(member.names[0] for member in members)
             rows, first = sum(member.shape[0] for member in members), members[0]
             fused = Kind(first.stack, names, (rows, *first.shape[1:]), first.count)
-            if any(map(fused.fits, offered)) and not any(map(members[-1].fits, offered)):
+            needed, found = (sum(map(members[-1].fits, side)) for side in (wanted, offered))
+            if any(map(fused.fits, offered)) and found < needed:
                 wanted = [fused, *(kind for kind in wanted if kind not in members)]
     return wanted
