@@ -48,8 +48,13 @@ def training_curves(
     loss, rate, norm = left.subplots(3, 1, sharex=True, height_ratios=(2.4, 1, 1))
     resume, difference = right.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
     plot_losses(loss, rows, resumed_at)
+    # a line far above the losses would make their curve flat: it is only in the legend
+    highest = loss.dataLim.y1
+    shown = [value for value in baselines.values() if value < 1.5 * highest]
     for style, (name, value) in zip(("--", "-.", ":"), baselines.items()):
-        loss.axhline(value, color="k", linewidth=1, linestyle=style, label=f"{name}: {value:.2f}")
+        label = f"{name}: {value:.2f}" + ("" if value in shown else " (above)")
+        loss.axhline(value, color="k", linewidth=1, linestyle=style, label=label)
+    loss.set_ylim(top=1.05 * max(highest, *shown))
     loss.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
     loss.set_title(title)
     rate.plot(values_by_step(rows, "learning_rate"), "k")
