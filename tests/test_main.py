@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import SHORT
 from workflow import training
 from workflow.errors import ConfigError
 from workflow.proof import BOUNDS
+from workflow.proof.mistakes import MUTATIONS
 from workflow.training import load_model
 from workflow.training.metrics import read_log
 
@@ -124,6 +126,14 @@ def test_verify_exits_with_1_if_a_check_fails(here, monkeypatch):
     code, printed, _ = here("verify", "--quick")
     assert code == 1 and "Model loaded. Total params: 26816" in printed
     assert "17 of 22 checks passed, 1 failed (logits match), 4 skipped" in printed
+
+
+def test_mutate_exits_with_1_if_no_check_finds_a_mistake(here, monkeypatch):
+    found = here("mutate", settings=["mutations.steps=0"])
+    assert found[0] == 0 and "17 of 17 mutations found" in found[1]
+    monkeypatch.setitem(MUTATIONS, "no RoPE", nullcontext)
+    missed = here("mutate", settings=["mutations.steps=0"])
+    assert missed[0] == 1 and "16 of 17 mutations found" in missed[1]
 
 
 def test_generate_prints_the_text_alone_and_is_greedy_without_sampling_options(here, trained):

@@ -8,7 +8,7 @@ Import this before torch, whose OpenMP library reads the variables below when it
 import os
 
 # A waiting OpenMP thread spins. If another program is busy, it takes the core from the thread that
-# it waits for: a step can take 40 times as long. So threads sleep after a short spin.
+# it waits for: a step can take 20 times as long. So threads sleep after a short spin.
 SHORT_SPIN = {
     "GOMP_SPINCOUNT": "1000",  # iterations; libgomp, on Linux
     "KMP_BLOCKTIME": "1",  # milliseconds; LLVM's and Intel's libraries, on macOS and Windows

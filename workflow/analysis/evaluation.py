@@ -110,6 +110,9 @@ def evaluate_models(
 
 
 def unigram_loss(train: np.ndarray, held_out: np.ndarray, vocabulary: int) -> float:
-    """Nats per token on `held_out`; a token's probability is its share in `train`."""
-    counts = np.bincount(train, minlength=vocabulary) + 0.05  # no probability is 0
+    """Nats per token on `held_out`; a token's probability is its share in `train`.
+
+    0.05 is added to each count, so that no probability is 0.
+    """
+    counts = np.bincount(train, minlength=vocabulary) + 0.05
     return float(-np.log(counts / counts.sum())[held_out].mean())

@@ -56,8 +56,8 @@ def load_config(
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
         raise ConfigError(f"profile {name} ({reason})", "there is no such profile", fix)
     check_torch()
-    of_profile, base = profiles.get(name) or {}, dict(leaves(values))
-    changed = [key for key, value in leaves(of_profile) if value != base.get(key)]
+    of_profile, base = profiles.get(name) or {}, dict(flattened(values))
+    changed = [key for key, value in flattened(of_profile) if value != base.get(key)]
     fresh = os.environ.get("FRESH") == "1"
     about = {
         "profile": name,
@@ -69,7 +69,7 @@ def load_config(
     config = validate(merged(values, of_profile, saved, *changes, about), path, causes)
     for setting in INPUTS:
         if setting not in causes:  # what is typed is relative to the user's folder
-            config = beside(path.parent, config, setting)
+            config = next_to(path.parent, config, setting)
     return config
 
 
@@ -77,12 +77,12 @@ def check_torch() -> None:
     import torch
     from torch.torch_version import TorchVersion
 
-    if TorchVersion(torch.__version__) < (2, 10):
-        what = "before 2.10, torch.load can run code from a file (CVE-2026-24747)"
+    if TorchVersion(torch.__version__) < (2, 13):
+        what = "this code needs 2.13; before 2.10, torch.load can run code (CVE-2026-24747)"
         raise WorkflowError(f"torch {torch.__version__}", what, "type: pip install torch==2.13.0")
 
 
-def beside(folder: Path, config: Config, setting: str) -> Config:
+def next_to(folder: Path, config: Config, setting: str) -> Config:
     """Replaces a relative path by the one in `folder`, if it exists there; the cache always is."""
     table, _, key = setting.partition(".")
     section = getattr(config, table)
@@ -96,11 +96,11 @@ def beside(folder: Path, config: Config, setting: str) -> Config:
     return config.model_copy(update={table: section.model_copy(update={key: names})})
 
 
-def leaves(table: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(table: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The settings of nested tables, with dotted keys."""
     for key, value in table.items():
         if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -278,7 +278,7 @@ def find_causes(key: str, what: str, causes: Mapping[str, str]) -> str:
 def similar_key(unknown: str, values: Mapping[str, Any]) -> str | None:
     """The setting that is most like an unknown one; first in the same table."""
     table, _, last = unknown.rpartition(".")
-    names = [*values, *(name for name, _ in leaves(values))]
+    names = [*values, *(name for name, _ in flattened(values))]
     names = [name for name in names if not f"{name}.".startswith(f"{unknown}.")]
     first = (f"{table}.", "train.", "sample.")
     names.sort(key=lambda name: [not name.startswith(start) for start in first])

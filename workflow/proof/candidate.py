@@ -24,8 +24,8 @@ from workflow.analysis.states import INPUT
 from workflow.config import ProofSettings
 from workflow.errors import ConfigError, WorkflowError
 from workflow.files import atomic_write
-from workflow.proof.bounds import Lacks
-from workflow.proof.compared import Compared, OurModel, encode_prompt, greedy_texts, load_copy
+from workflow.proof.bounds import CannotAnswer
+from workflow.proof.compared import CheckedModel, OurModel, encode_prompt, greedy_texts, load_copy
 from workflow.proof.external import stored_values
 from workflow.proof.names import EMBEDDING, Match, load, match_names, suggest_names
 from workflow.proof.prompts import LONG_PROMPT, PROMPTS
@@ -96,7 +96,7 @@ def is_module(path: Path) -> bool:
     return path.suffix == ".py" or (path / "__init__.py").is_file()
 
 
-class Candidate(Compared):
+class Candidate(CheckedModel):
     """A model that somebody's file built, with the original's weights: float32, CPU, `eval()`."""
 
     same_order = False
@@ -132,13 +132,13 @@ class Candidate(Compared):
 
     def logits(self, ids: Tensor) -> Tensor:
         if ids.shape[1] > self.longest:
-            raise Lacks(f"it accepts only {self.longest} tokens")
+            raise CannotAnswer(f"it accepts only {self.longest} tokens")
         try:
             return self.run(ids)
         except WorkflowError as error:
             if len(ids) == 1:
                 raise
-            raise Lacks("it accepts only one text at a time") from error
+            raise CannotAnswer("it accepts only one text at a time") from error
 
     def parameters(self) -> dict[str, Tensor]:
         slots = {name: slots[0] for name, slots in self.match.slots.items()}
@@ -151,7 +151,7 @@ class Candidate(Compared):
         try:
             found = torch.autograd.grad(self.loss(ids), own, materialize_grads=True, **options)
         except RuntimeError as error:  # `x += …` changed what it needs, or no_grad in the model
-            raise Lacks(f"no gradient: {str(error).partition(':')[0]}") from error
+            raise CannotAnswer(f"no gradient: {str(error).partition(':')[0]}") from error
         by_name = dict(zip(names, found, strict=True))
         return {
             name: sum(slot.view(by_name[slot.name]) for slot in slots)
@@ -244,7 +244,7 @@ def match_weights(file: Path, model: nn.Module, reference: Reference, names: Map
     return match
 
 
-class RecordedLogits(Compared):
+class RecordedLogits(CheckedModel):
     """Logits that another program computed for the ids of `inputs`, by name."""
 
     same_order = False
@@ -269,7 +269,7 @@ class RecordedLogits(Compared):
         for name, known in self.inputs.items():
             if name in self.found and torch.equal(known, ids):
                 return self.found[name].float()[None]
-        raise Lacks("no logits for its text in the file")
+        raise CannotAnswer("no logits for its text in the file")
 
 
 def logit_inputs(

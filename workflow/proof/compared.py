@@ -1,6 +1,6 @@
 """The models that are compared, behind one protocol: ours, and the original of transformers.
 
-The checks ask only what `Compared` has, so they work for every model, also for somebody else's
+The checks ask only what `CheckedModel` has, so they work for every model, also for somebody else's
 (`candidate.py`).
 """
 
@@ -18,7 +18,7 @@ from SmolLm3 import KVCache, LlamaModel, hf_name, load_hf_weights
 from workflow.analysis import states
 from workflow.analysis.states import max_difference
 from workflow.config import ProofSettings
-from workflow.proof.bounds import Lacks, rounding_bound
+from workflow.proof.bounds import CannotAnswer, rounding_bound
 from workflow.proof.prompts import LONG_PROMPT, PROMPTS
 from workflow.reference import Reference
 from workflow.training import NextTokenLoss
@@ -26,10 +26,10 @@ from workflow.training import NextTokenLoss
 STATES = ("embeddings match", "hidden states match, layer by layer", "final norm matches")
 
 
-class Compared:
+class CheckedModel:
     """A model as the checks see it, with Hugging Face's names; those of states lack `model.`.
 
-    Whatever a model does not have raises `Lacks`.
+    Whatever a model does not have raises `CannotAnswer`.
     """
 
     same_order = True  # it adds numbers in the original's order; if not, it may be off by rounding
@@ -38,18 +38,18 @@ class Compared:
 
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T, V) for ids (B, T), float32."""
-        raise Lacks("no logits")
+        raise CannotAnswer("no logits")
 
     def logits_in_chunks(self, ids: Tensor) -> Iterator[Tensor]:
         """Yields the logits (1, up to 256, V) of a long text, to save memory."""
-        raise Lacks("only for models whose attention is known to need little memory")
+        raise CannotAnswer("only for models whose attention is known to need little memory")
 
     def loss(self, ids: Tensor) -> Tensor:
         """The loss of next-token prediction on ids (1, T), nats per token."""
         return F.cross_entropy(self.logits(ids)[0, :-1], ids[0, 1:])
 
     def parameters(self) -> Mapping[str, Tensor]:
-        raise Lacks("no tensors")
+        raise CannotAnswer("no tensors")
 
     def gradients(self, ids: Tensor) -> dict[str, Tensor]:
         """The gradient of the loss on ids (1, T), for each parameter."""
@@ -70,26 +70,26 @@ class Compared:
         return found | {"logits": logits}
 
     def bf16_logits(self, ids: Tensor) -> Tensor:
-        raise Lacks("it is judged in float32")
+        raise CannotAnswer("it is judged in float32")
 
     def llama(self) -> LlamaModel:
         """Our own model, for what only it has: a config, evaluation, export."""
-        raise Lacks("only for the project's own model")
+        raise CannotAnswer("only for the project's own model")
 
     def generate(self, ids: Tensor, new_tokens: int, mask: Tensor) -> Tensor:
         """The greedy continuation (B, T + new_tokens) of ids (B, T), padded on the left."""
-        raise Lacks("it does not generate")
+        raise CannotAnswer("it does not generate")
 
     def logits_with_cache(self, ids: Tensor) -> Iterator[Tensor]:
         """Yields the logits (B, n, V) of ids (B, T) in parts, each computed with a cache."""
-        raise Lacks("no cache")
+        raise CannotAnswer("no cache")
 
     def logits_of_padded(self, ids: Tensor, mask: Tensor) -> Iterator[Tensor]:
         """Yields the logits (1, n, V) of the n tokens of each row that `mask` (B, T) shows."""
-        raise Lacks("it has no padding mask")
+        raise CannotAnswer("it has no padding mask")
 
 
-class OurModel(Compared):
+class OurModel(CheckedModel):
     """A `LlamaModel`."""
 
     def __init__(self, model: LlamaModel):
@@ -140,7 +140,7 @@ class OurModel(Compared):
             yield self.model.lm_head(row[None, real])
 
 
-class Original(Compared):
+class Original(CheckedModel):
     """A Llama of transformers."""
 
     def __init__(self, model: nn.Module):
@@ -207,7 +207,7 @@ class Comparison:
     text: for the tokenizer and the long texts.
     """
 
-    subject: Compared
+    subject: CheckedModel
     reference: Reference
     copy: LlamaModel
     settings: ProofSettings
@@ -233,12 +233,12 @@ class Comparison:
             return self.original.states(self.ids, self.names)
 
     def require_same_logits(self) -> None:
-        """Raises Lacks if somebody else's model has failed "logits match".
+        """Raises CannotAnswer if somebody else's model has failed "logits match".
 
         Gradients and longer texts would then show nothing new.
         """
         if self.logits_differ and not self.subject.same_order:
-            raise Lacks("its logits differ already")
+            raise CannotAnswer("its logits differ already")
 
     @cached_property
     def limits(self) -> dict[str, float]:
@@ -276,7 +276,7 @@ def left_pad(prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def greedy_texts(
     reference: Reference,
     new_tokens: int,
-    writer: Compared,
+    writer: CheckedModel,
     prompts: Sequence[tuple[str, str]] = PROMPTS,
 ) -> Iterator[tuple[str, Tensor, int]]:
     """Yields the kind of each prompt, prompt and greedy text (1, T), and the prompt's length."""

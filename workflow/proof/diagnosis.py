@@ -19,7 +19,7 @@ from workflow.proof import mistakes as m
 from workflow.proof.bounds import Check, checks_to_json, failed_checks
 from workflow.proof.candidate import RecordedLogits, load_candidate, logit_inputs
 from workflow.proof.checks import print_checks
-from workflow.proof.compared import STATES, Compared, Comparison, OurModel, load_copy
+from workflow.proof.compared import STATES, CheckedModel, Comparison, OurModel, load_copy
 from workflow.reference import Reference
 
 INSIDE = (  # the states inside a layer, in the order in which it computes
@@ -178,7 +178,7 @@ def diagnose(c: Comparison) -> dict[str, Any]:
     return {"difference": difference} | mistakes
 
 
-def first_difference(c: Comparison, other: Compared) -> tuple[Difference, Tensor] | None:
+def first_difference(c: Comparison, other: CheckedModel) -> tuple[Difference, Tensor] | None:
     """The first state of the candidate that is not that of `other`, and this state."""
     names = [name for end in c.names for name in (*inside(end), end)]
     ours, after = c.subject.states(c.ids, names), None

@@ -11,14 +11,16 @@ import torch
 from workflow.analysis import evaluate
 from workflow.data import read_text
 from workflow.proof.bounds import BOUNDS, Check, answers
-from workflow.proof.compared import Compared
+from workflow.proof.compared import CheckedModel
 from workflow.reference import Reference, find_in_package, read_gguf, unequal_tensors
 
 STORED_VALUES = Path(__file__).parent / "stored_values"
 
 
-def external_checks(subject: Compared, reference: Reference, text: Path | None) -> Iterator[Check]:
-    """Four checks against other programs, which do not share our mistakes. text: WikiText-2."""
+def external_checks(
+    subject: CheckedModel, reference: Reference, text: Path | None
+) -> Iterator[Check]:
+    """Four checks against values that this project did not compute. text: WikiText-2."""
     if stored := stored_values(reference):
         yield from tensors_check(subject, reference)
         yield from argmax_check(subject, stored["llama_cpp"])
@@ -30,7 +32,7 @@ def external_checks(subject: Compared, reference: Reference, text: Path | None) 
 
 
 @answers("tensors equal the gguf library's")
-def tensors_check(subject: Compared, reference: Reference) -> Iterator[Check]:
+def tensors_check(subject: CheckedModel, reference: Reference) -> Iterator[Check]:
     """The reference's tensors, and those that the gguf library reads."""
     subject.llama()
     tensors = dict(read_gguf(find_in_package(reference.entry.wheel.file), reference.config))
@@ -53,7 +55,7 @@ def stored_values(reference: Reference) -> dict | None:
 
 
 @answers("argmax agrees with llama.cpp")
-def argmax_check(subject: Compared, stored: dict) -> Iterator[Check]:
+def argmax_check(subject: CheckedModel, stored: dict) -> Iterator[Check]:
     """The share of positions where the most likely next token is also that of llama.cpp."""
     ours = subject.logits(torch.tensor([stored["ids"]]))[0].argmax(dim=-1)
     same = int((ours == torch.tensor(stored["argmax"])).sum())
@@ -63,7 +65,7 @@ def argmax_check(subject: Compared, stored: dict) -> Iterator[Check]:
 
 @answers("perplexity matches the stored value")
 def perplexity_check(
-    subject: Compared, reference: Reference, stored: dict, text: Path | None
+    subject: CheckedModel, reference: Reference, stored: dict, text: Path | None
 ) -> Iterator[Check]:
     """The difference from the stored perplexity, on the first windows of WikiText-2."""
     name, model = "perplexity matches the stored value", subject.llama()
@@ -92,7 +94,7 @@ def official_token_ids(reference: Reference) -> list[tuple[str, list[int]]] | No
 
 @answers("token ids match the official ones")
 def token_ids_check(
-    subject: Compared, reference: Reference, official: list[tuple[str, list[int]]] | None
+    subject: CheckedModel, reference: Reference, official: list[tuple[str, list[int]]] | None
 ) -> Iterator[Check]:
     """How many strings the reference's tokenizer encodes to other ids than the official ones."""
     subject.llama()

@@ -1,6 +1,6 @@
 """Mutations: common mistakes, each of which can be put into our model from outside.
 
-Each is from a public re-implementation, which loads, runs without an error and prints success.
+With each, the model loads and runs without an error. Some were found in public re-implementations.
 """
 
 import math

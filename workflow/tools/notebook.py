@@ -1,6 +1,7 @@
 """Executes main.ipynb in a Jupyter kernel and shows its output live."""
 
 import asyncio
+import copy
 import os
 import re
 import shlex
@@ -24,13 +25,13 @@ from workflow.errors import WorkflowError
 from workflow.files import project_file, write_text_atomic
 from workflow.tools.terminal import Stopped, raise_on_signals, stop_signals
 
-NAME, RUNS = "main.ipynb", Path("runs")
+NAME = "main.ipynb"
 SILENT_SECONDS = 8  # after this, a line says that the notebook is still working
 SKIP_TAG = "skip-execution"  # the tag of cells for interactive use only
 
 
-def execute(profile: str | None, overrides: Sequence[str], in_place: bool = False) -> None:
-    """Executes the notebook and writes it to the folder of its run, as .ipynb and .html.
+def execute(profile: str | None, overrides: Sequence[str], runs: Path, in_place: bool) -> None:
+    """Executes the notebook and writes it to the folder of its run in `runs`, as .ipynb and .html.
 
     Ctrl-C and stop signals go to the kernel, where the run saves a checkpoint; then Stopped is
     raised. in_place: also writes the output into main.ipynb.
@@ -55,11 +56,11 @@ def execute(profile: str | None, overrides: Sequence[str], in_place: bool = Fals
         if client.stopped_by:
             print("Stopped; the same command continues", file=sys.stderr)
             raise Stopped(client.stopped_by) from None
-        write_notebook(notebook, RUNS / "failed")
-        raise one_line_error(error) from None
+        write_notebook(notebook, runs / "failed")
+        raise one_line_error(error, runs / "failed.ipynb") from None
     finally:
         raise_on_signals()  # the end of asyncio's loop has reset them
-    folder = run_folder(notebook)
+    folder = run_folder(notebook) or runs
     write_notebook(notebook, folder / file.stem)
     if in_place:
         write_text_atomic(file, nbformat.writes(notebook) + "\n", "paths.runs")
@@ -126,12 +127,12 @@ class LiveClient(NotebookClient):
             self.stopping = asyncio.ensure_future(self.km.signal_kernel(number))
 
 
-def one_line_error(error: Exception) -> WorkflowError:
+def one_line_error(error: Exception, output: Path) -> WorkflowError:
     """The error of a cell or of a dead kernel; exit code: of a WorkflowError, otherwise 1."""
     name, what = getattr(error, "ename", ""), getattr(error, "evalue", error)
     if name == "AssertionError" and (claim := failed_claim(str(error))):
         name, what = "the claim failed", f"{claim}, {what}".removesuffix(", ")
-    fix = f"read the output so far in {RUNS / 'failed.ipynb'}"
+    fix = f"read the output so far in {output}"
     result = WorkflowError(NAME, f"{name}: {what}".removeprefix(": "), fix)
     result.exit_code = getattr(getattr(errors, name, None), "exit_code", 1)
     return result
@@ -145,18 +146,23 @@ def failed_claim(traceback: str) -> str:
     return line[1].removeprefix("assert ") if line and line[1].startswith("assert ") else ""
 
 
-def run_folder(notebook: NotebookNode) -> Path:
+def run_folder(notebook: NotebookNode) -> Path | None:
     """The folder of the run, as the executed notebook printed it."""
     outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
     texts = "\n".join(output.get("text", "") for output in outputs)
     found = re.findall(r"^Run folder: (.+)$", texts, re.MULTILINE)
-    return Path(found[-1]) if found else RUNS
+    return Path(found[-1]) if found else None
 
 
 def write_notebook(notebook: NotebookNode, stem: Path) -> None:
-    """Writes an executed notebook as .ipynb and .html."""
+    """Writes an executed notebook as .ipynb and .html; its links lead to this project's files."""
     from nbconvert import HTMLExporter  # 1 s that a stopped run does not need
 
+    notebook = copy.deepcopy(notebook)
+    project = Path(os.path.relpath(project_file("."), stem.parent)).as_posix()
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"\]\((?!\w+:|#)", f"]({project}/", cell.source)
     page, _ = HTMLExporter().from_notebook_node(notebook)
     write_text_atomic(stem.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n", "paths.runs")
     write_text_atomic(stem.with_suffix(".html"), page, "paths.runs")

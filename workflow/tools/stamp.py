@@ -30,7 +30,7 @@ def stamp(notebook: Path, run: Any) -> str:
         "made": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC at commit {git_commit()}",
         "versions": ", ".join([f"Python {platform.python_version()}", *libraries]),
         "machine": hardware.describe_device(run.config.device),
-        "run": f"{run.name} (ends in the hash of settings, weights and text)",
+        "run": run.name,
         "weights": f"{run.provenance['name']}, sha256 {run.provenance['weights_sha256'][:16]}",
         "text": f"{run.corpus.name}, sha256 {run.corpus.text_sha256[:16]}",
         **steps,
