@@ -71,7 +71,7 @@ def test_results_and_curves_are_computed_saved_and_loaded_also_after_an_interrup
     assert [result.name for result in results] == list(MUTATIONS)
     passed = [result.name for result in results if result.failed_check is None]
     assert passed == [BASELINE] == [curves[0].name]
-    assert [len(curve.losses) for curve in curves] == [3] * (len(MUTATIONS) + 3)
+    assert [len(curve.losses) for curve in curves] == [3] * (len(MUTATIONS) + 4)
     assert curves[0].losses[-1] < curves[0].losses[0]
 
     settings = config.mutations.model_copy(update={"steps": 0})
@@ -90,7 +90,7 @@ def test_curves_are_loaded_only_for_the_same_weights_and_text(tmp_path):
     provenance = {key: content[key] for key in ("weights_sha256", "text_sha256", "batch")}
     curves = mutations.load_curves(file, provenance)
     recorded = list(dict.fromkeys(curve.name for curve in curves))
-    assert recorded == [name for name in MUTATIONS if name in recorded] and len(recorded) > 8
+    assert recorded == list(MUTATIONS)
     for key in provenance:
         assert mutations.load_curves(file, provenance | {key: "another"}) == []
     assert mutations.load_curves(tmp_path / "absent.json", provenance) == []

@@ -135,7 +135,7 @@ class MutationSettings(Section):
     sequence_length: PositiveInt
     eps: PositiveFloat
     learning_rate: PositiveFloat
-    # also tried: on the baseline, a random head and targets shifted twice
+    # also tried: on the baseline and three mutations with a high first loss
     other_learning_rates: tuple[PositiveFloat, ...]
     curves_file: UserPath  # the loss curves, as JSON
 
