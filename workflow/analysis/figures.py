@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Rectangle
+from PIL import Image
 
 from SmolLm3 import ModelConfig
 
@@ -27,7 +28,9 @@ class Figure(matplotlib.figure.Figure):
         super().__init__(figsize=(10, height), dpi=85, layout="constrained")
 
     def _repr_png_(self) -> bytes:
-        self.savefig(png := io.BytesIO(), format="png")
+        self.savefig(full := io.BytesIO(), format="png")
+        # 256 colours need a third of the bytes: an executed notebook stays small
+        Image.open(full).convert("RGB").quantize().save(png := io.BytesIO(), format="png")
         return png.getvalue()
 
 
