@@ -57,7 +57,7 @@ def training_curves(
     for style, (name, value) in zip(("--", "-.", ":"), baselines.items()):
         label = f"{name}: {value:.2f}" + ("" if value in shown else " (above)")
         loss.axhline(value, color="k", linewidth=1, linestyle=style, label=label)
-    loss.set_ylim(top=1.05 * max(highest, *shown))
+    loss.set_ylim(top=1.05 * max([highest, *shown]))
     loss.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
     loss.set_title(title)
     rate.plot(values_by_step(rows, "learning_rate"), "k")
