@@ -35,10 +35,10 @@ def test_training_curves_show_losses_resume_baselines_and_differences(figures):
     labels = loss.get_legend_handles_labels()[1]
     names = ["training, each step", "training, mean of 50", "resumed, each step", "held out"]
     assert labels == [*names, "uniform: 10.80 (above)", "unigram: 5.50"]
-    assert 5.5 < loss.get_ylim()[1] < 6  # a line at 10.8 would make the losses flat
+    assert 5.5 < loss.get_ylim()[1] < 7  # a line at 10.8 would make the losses flat
     options["baselines"] = {"uniform": 10.8, "unigram": 8.4}
     figure = figures.training_curves(ROWS, title="t", resumed_at=100, **options)
-    assert 5 < figure.axes[0].get_ylim()[1] < 5.5
+    assert 5 < figure.axes[0].get_ylim()[1] < 6.5
     mean, resumed = (loss.lines[i].get_ydata() for i in (1, 2))
     assert mean[0] == pytest.approx(4.98) and mean[1] == pytest.approx(4.97)  # fewer than 50 steps
     assert mean[-1] == pytest.approx(5 - 75.5 / 50) and len(mean) == 100  # steps 51 to 100

@@ -57,8 +57,8 @@ def training_curves(
     for style, (name, value) in zip(("--", "-.", ":"), baselines.items()):
         label = f"{name}: {value:.2f}" + ("" if value in shown else " (above)")
         loss.axhline(value, color="k", linewidth=1, linestyle=style, label=label)
-    loss.set_ylim(top=1.05 * max([highest, *shown]))
-    loss.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.93))
+    loss.set_ylim(top=1.25 * max([highest, *shown]))  # leaves room for the legend
+    loss.legend(fontsize=8, loc="upper right", ncols=2)
     loss.set_title(title)
     rate.plot(values_by_step(rows, "learning_rate"), "k")
     rate.set_ylabel("learning rate")
