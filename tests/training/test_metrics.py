@@ -6,7 +6,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from workflow.errors import CheckpointError
-from workflow.training.metrics import MetricsLogger, read_log
+from workflow.training.hardware import peak_flops
+from workflow.training.metrics import MetricsLogger, loss_summary, read_log
 
 PROVENANCE_AND_SETTINGS = {"name": "weights", "text": "a text"}, {"seed": 1}
 
@@ -76,3 +77,28 @@ def test_a_partial_last_line_of_a_kill_is_ignored_and_a_damaged_one_is_refused(t
     file.write_text('{"step": 1, "loss": 2.0}\n{"loss": 2.0}\n')
     with pytest.raises(CheckpointError, match="line 2 is damaged; move the file away"):
         read_log(file)
+
+
+@pytest.mark.parametrize(("end", "side"), [(2.5, "0.5000 below"), (3.5, "0.5000 above")])
+def test_the_summary_of_a_short_run_counts_its_steps(end, side):
+    losses = [{"step": step, "loss": float(step)} for step in (1, 2, 3)]
+    held_out = [{"step": 0, "validation_loss": 4.0}, {"step": 3, "validation_loss": end}]
+    summary = loss_summary(losses + held_out, unigram=3.0)
+    assert "mean of the first 3 steps 2.0000, of the last 2.0000" in summary
+    assert f"best {end:.4f} at step 3" in summary and summary.endswith(f"{side} the unigram model")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_the_peak_speed_is_that_of_the_gpu_with_this_name(name, peak, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak

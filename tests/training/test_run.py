@@ -156,7 +156,7 @@ def test_interrupted_cells_of_the_notebook_can_be_run_again(
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         trained(run, 20)
     assert run.global_step == len(rows(run, "loss")) == 4  # the step was finished and logged first
-    stopped = "Stopped at step 4, saved. Continue: run the same command again.\n"
+    stopped = "Stopped at step 4, saved. To continue, run the same command or cell again.\n"
     assert stopped in capsys.readouterr().out
     trained(run, 20).save()
 

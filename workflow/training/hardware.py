@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -78,7 +79,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
+    matching = (tera for known, tera in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name))
+    return next((tera * 1e12 for tera in matching), None)
 
 
 def peak_memory(device: torch.device) -> float | None:

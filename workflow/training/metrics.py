@@ -315,13 +315,14 @@ def loss_summary(rows: Sequence[Mapping[str, Any]], unigram: float) -> str:
     """First, best and last losses of a log, compared with the loss of the unigram model."""
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [(row["validation_loss"], row["step"]) for row in rows if "validation_loss" in row]
-    first, last = fmean(losses[:100]), fmean(losses[-100:])
+    count = min(100, len(losses))
+    first, last = fmean(losses[:count]), fmean(losses[-count:])
     (start, _), (best, at), (end, _) = held_out[0], min(held_out), held_out[-1]
     return (
-        f"training loss: {losses[0]:.4f} at step 1, mean of the first 100 steps {first:.4f}, "
+        f"training loss: {losses[0]:.4f} at step 1, mean of the first {count} steps {first:.4f}, "
         f"of the last {last:.4f}\n"
         f"held out: {start:.4f} at first, best {best:.4f} at step {at}, {end:.4f} at the end, "
-        f"{unigram - end:.4f} below the unigram model"
+        f"{abs(unigram - end):.4f} {'below' if end < unigram else 'above'} the unigram model"
     )
 
 

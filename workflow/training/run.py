@@ -175,7 +175,7 @@ class Run:
         """Saves after Ctrl-C or SIGTERM."""
         self._write_checkpoint()
         saved = ", saved" if self.global_step else ""
-        how = "Continue: run the same command again."
+        how = "To continue, run the same command or cell again."
         self.progress.print(f"Stopped at step {self.global_step}{saved}. {how}")
 
     def close(self) -> None:
