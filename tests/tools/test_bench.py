@@ -3,14 +3,12 @@
 import contextlib
 import copy
 import dataclasses
-import os
 import re
 
 import pytest
 import torch
 
-from workflow import OPENMP_VARIABLES
-from workflow.tools import bench, busy
+from workflow.tools import bench
 from workflow.tools.bench import BF16, OURS, THEIRS, Case
 
 
@@ -74,19 +72,6 @@ def test_only_a_cpu_with_bfloat16_instructions_has_rows_for_it(config, monkeypat
         (OURS + BF16, OURS),
         (OURS + BF16, THEIRS + BF16),
     }
-
-
-@pytest.mark.slow
-def test_steps_are_measured_quiet_and_beside_a_busy_program(here, monkeypatch):
-    monkeypatch.setitem(busy.MODELS, "small", (64, 2))
-    code, out, err = here("bench", "--busy", "--rounds", "1")
-    assert code == 0, err
-    rows = re.findall(r"^\| (\w+), (.+?) \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+)", out, re.M)
-    assert [row[:2] for row in rows] == [(m, s) for m in ("tiny", "small") for s in busy.SETTINGS]
-    assert [row[5] for row in rows if row[1] == "torch's default"] == ["1.00"] * 2
-    with busy.environment({"OMP_WAIT_POLICY": "PASSIVE"}):
-        assert os.environ.keys() & OPENMP_VARIABLES == {"OMP_WAIT_POLICY"}
-    assert "GOMP_SPINCOUNT" in os.environ
 
 
 @pytest.mark.slow

@@ -164,6 +164,15 @@ def test_a_long_silent_cell_prints_that_it_is_working(here, project, monkeypatch
     assert re.match(r"… A long section: working, \d s\n", error)
 
 
+@pytest.mark.slow
+def test_every_claim_also_holds_in_bfloat16(here, monkeypatch):
+    bf16 = "train.precision=bfloat16 train.steps=40 train.resume_steps=10"
+    monkeypatch.setenv("SMOLLM_SET", f"{SHORT_RUN} {bf16}")
+    code, shown, error = here(*RUN)
+    assert code == 0, error
+    assert "Found: 10 steps, largest difference of a loss: 0.0" in shown
+
+
 def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(
     here, project, monkeypatch
 ):

@@ -30,12 +30,6 @@ if TYPE_CHECKING:
 
     from SmolLm3 import ModelConfig
 
-# Old key of `train` -> new key: checkpoints of version 2 have the old ones.
-RENAMED_KEYS = {
-    "clip_norm": "max_grad_norm",
-    "print_every": "log_every",
-    "recompute": "activation_checkpointing",
-}
 SMOKE_TEST = "-smoke-test"  # the end of its profile's name
 # These do not change the numbers of a run: they may change between start and resume.
 TABLES_NOT_OF_RUN = ("paths", "models", "reference", "proof", "mutations", "smoke_test")
@@ -124,6 +118,10 @@ class ProofSettings(Section):
     new_tokens: PositiveInt  # length of each greedy continuation, in tokens
     quick: bool  # skip long texts and bf16 in the notebook; for `main.py verify`, use --quick
     wikitext_file: UserPath | None  # the test split of wikitext-2-raw-v1; null: skip that check
+
+    @property
+    def greedy_tokens(self) -> int:
+        return min(self.new_tokens, 32) if self.quick else self.new_tokens
 
 
 class MutationSettings(Section):

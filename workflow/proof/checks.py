@@ -227,7 +227,7 @@ def generation_checks(c: Comparison) -> Iterator[Check]:
     differing, first, parts, limits = 0, "", {}, c.limits
     close = 2 * limits.get("logits match", 0.0)  # both logits may be off
     writer, lacking = c.subject if ours else OurModel(c.copy), None
-    for kind, ids, length in greedy_texts(c.reference, c.settings.new_tokens, writer):
+    for kind, ids, length in greedy_texts(c.reference, c.settings.greedy_tokens, writer):
         try:
             logits, theirs = c.subject.logits(ids), c.original.logits(ids)
         except CannotAnswer as reason:  # for example, this text is too long
@@ -245,7 +245,7 @@ def generation_checks(c: Comparison) -> Iterator[Check]:
             first += f"differ by {gaps[place]:.2e}"
     if not parts:
         raise lacking
-    total = f"{len(parts)} prompts, {c.settings.new_tokens} new tokens each"
+    total = f"{len(parts)} prompts, {c.settings.greedy_tokens} new tokens each"
     yield Check("greedy tokens match", differing, first or total)
     yield max_check("logits match on generated text", parts, limits.get("logits match"))
 

@@ -154,8 +154,6 @@ def judge(file: Path | str, reference: Reference, settings: ProofSettings, text:
         inputs = logit_inputs(reference, copy, settings)
         subject = RecordedLogits(file, inputs, reference.config.vocab_size)
     else:
-        few = {"new_tokens": min(32, settings.new_tokens)} if settings.quick else {}  # 90 s in all
-        settings = settings.model_copy(update=few)
         longest = 512 if settings.quick else 2048  # tokens that the checks need
         subject = load_candidate(file, reference, longest)
     comparison = Comparison(subject, reference, copy, settings, text)

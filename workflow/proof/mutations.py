@@ -87,7 +87,7 @@ def run_mutations(
 ) -> tuple[list[MutationResult], list[LossCurve]]:
     """Checks and trains the model with every mutation; `model` is unchanged at the end.
 
-    Training takes one to two hours on a CPU. If `mutations.steps` is 0, a file is read instead.
+    Training takes two hours on a CPU. If `mutations.steps` is 0, a file is read instead.
     """
     settings = config.mutations
     tokenizer = reference.tokenizer.backend_tokenizer

@@ -71,8 +71,6 @@ def add_options(parser: ArgumentParser, command: str) -> None:
         add("names", metavar="RUN", nargs="*", help=words)
     elif command == "bench":
         add("--rounds", metavar="N", type=at_least(1), default=7, help="repetitions (default: 7)")
-        add = parser.add_mutually_exclusive_group().add_argument
-        add("--busy", **flag, help="measure training steps beside a busy program")
         add("--only", metavar="WORDS", default="", help="rows named …WORDS… (default: all)")
 
 

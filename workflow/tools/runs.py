@@ -44,7 +44,7 @@ class RunRecord:
 
 def read_run(folder: Path) -> RunRecord:
     """Raises an error of any kind if the folder is not a run's, or is damaged."""
-    log, file = folder / METRICS_FILE, folder / SETTINGS_FILE  # older releases wrote no settings
+    log, file = folder / METRICS_FILE, folder / SETTINGS_FILE
     for path in (log, file):
         if not path.is_file():
             raise WorkflowError(folder, f"there is no {path.name} in it", "name a run")

@@ -5,7 +5,6 @@ from workflow.training.open import (
     load_checkpoint,
     open_run,
     resume_run,
-    saved_settings,
 )
 from workflow.training.resume import load_foreign_model, load_model
 from workflow.training.run import Run
@@ -27,6 +26,5 @@ __all__ = [
     "make_optimizer",
     "open_run",
     "resume_run",
-    "saved_settings",
     "smoke_test",
 ]

@@ -20,7 +20,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from workflow.config.settings import KEYS_NOT_OF_RUN, RENAMED_KEYS, TABLES_NOT_OF_RUN
 from workflow.errors import (
     CheckpointError,
     DamagedError,
@@ -31,7 +30,7 @@ from workflow.errors import (
 from workflow.files import atomic_write, sha256_of
 
 FORMAT = "smollm-workflow checkpoint"
-FORMAT_VERSION = 3  # version 2, with other names of settings, can still be read
+FORMAT_VERSION = 3
 # The contents that a resume needs, with their types.
 CONTENTS = {
     "format": str,
@@ -41,10 +40,11 @@ CONTENTS = {
     "optimizer": dict,  # its class, and torch's state dict with the names of the parameters
     "random": dict,  # all random states
     "data": dict,  # hash and size of the text; data and seed determine every batch
-    "config": dict,  # the settings of the run, as numbers, strings and lists
+    "config": dict,  # the settings that change numbers, as numbers, strings and lists
+    "settings": dict,  # all settings
+    "log": dict,  # number and hash of the log's rows
     "tokenizer": dict,  # sha256, size of the vocabulary, end-of-text token
     "reference": dict,  # provenance of the first weights and of the text
-    # optional, since this release: "settings", all of them; "config" has those that change numbers
     "environment": dict,  # torch, device, threads; the resume is bit-exact if they are equal
     "digest": str,  # sha256 of all of the above
 }
@@ -111,8 +111,8 @@ def _load(path: Path) -> dict[str, Any]:
     state = read_torch_file(path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise foreign_error(path, state)
-    if (version := state.get("format_version")) not in (2, FORMAT_VERSION):
-        what = f"its format is version {version}, this code reads versions 2 and {FORMAT_VERSION}"
+    if (version := state.get("format_version")) != FORMAT_VERSION:
+        what = f"its format is version {version}, this code reads version {FORMAT_VERSION}"
         raise CheckpointError(path, what, "use the release that wrote it")
     missing = [name for name, kind in CONTENTS.items() if not isinstance(state.get(name), kind)]
     if missing:
@@ -124,14 +124,6 @@ def _load(path: Path) -> dict[str, Any]:
         raise DamagedError(path, f"it is the checkpoint of step {state['step']}", "rename it")
     if names := non_finite_tensors(state):
         raise CheckpointError(path, f"{names[0]} contains NaN or inf", "choose an older one")
-    settings = state["config"].get("train", {})
-    for old in settings.keys() & RENAMED_KEYS:
-        settings[RENAMED_KEYS[old]] = settings.pop(old)
-    for table in TABLES_NOT_OF_RUN:  # older releases compared these, too
-        state["config"].pop(table, None)
-    for table, keys in KEYS_NOT_OF_RUN.items():
-        for key in keys & state["config"].get(table, {}).keys():
-            del state["config"][table][key]
     return state
 
 

@@ -55,10 +55,7 @@ class StepTrace:
         """Raises CheckpointError if the file is missing, or was changed after it was written."""
         try:
             values = json.loads(file.read_text("utf-8"))
-            stored = values.pop("sha256", None)
-            if stored is None:
-                values["code"] = None  # of an older release
-            elif stored != sha256_of(values.items()):
+            if values.pop("sha256") != sha256_of(values.items()):
                 raise ValueError("another hash")
             return cls(**values | {"losses": tuple(values["losses"])})
         except (OSError, ValueError, LookupError, TypeError, AttributeError):

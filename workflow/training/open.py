@@ -1,6 +1,5 @@
 """Opens a run: from its settings, or from one of its checkpoints."""
 
-import re
 import tempfile
 from collections.abc import Collection
 from contextlib import ExitStack
@@ -127,18 +126,6 @@ def path_in(checkpoints: Path, path: Path) -> Path:
             return run / path.name
     fix = f"move its folder there, or add --set paths.checkpoints={folder.parent}"
     raise CheckpointError(path, f"it is not in {checkpoints}", fix)
-
-
-def saved_settings(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a checkpoint's run, for `load_config`.
-
-    Earlier releases saved only those that change numbers, and the profile in the run's name.
-    """
-    if "settings" in state:
-        return state["settings"]
-    profile = re.match(r"(.+)-[0-9a-f]{8}", path.parent.name)
-    tables = {name: state["config"].get(name, {}) for name in ("train", "data", "run")}
-    return tables | ({"profile": profile[1]} if profile else {})
 
 
 def initial_model(config: Config, reference) -> LlamaModel:

@@ -71,7 +71,7 @@ class Run:
         self.loaded_step = trainer.global_step  # 0: no checkpoint was loaded
         self.progress = ProgressBar(self.config.train, resumed_at, out)
         self.signals = DeferredSignals()
-        logged = loaded[1].get("log") if loaded else None  # older releases did not store it
+        logged = loaded[1]["log"] if loaded else None
         main_process = distributed.is_main_process()
         self.logger = self._open_logger(logged) if main_process else InMemoryLogger()
         directory.close_on_reopen(self)

@@ -1,7 +1,7 @@
 """Training steps on a quiet machine, and beside a busy program, with other OpenMP settings.
 
 Linux gives the programs of each terminal and desktop session an equal share of the cores. So the
-busy program has its own session.
+busy program has its own session. Needs 10 GB of memory: .venv/bin/python tests/peers/busy.py
 """
 
 import os
@@ -10,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from SmolLm3 import LlamaModel
 from workflow import OPENMP_VARIABLES, SHORT_SPIN
-from workflow.config import Config
+from workflow.config import Config, load_config
 from workflow.tools.bench import heading, random_tokens, worker_process
 from workflow.training import TrainStep, hardware
 
@@ -54,7 +56,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 def busy_program() -> Iterator[None]:
     """A program that uses a core, in its own session."""
     loop = [sys.executable, "-c", "while True: pass"]
-    process = subprocess.Popen(loop, start_new_session=True)  # noqa: S603
+    process = subprocess.Popen(loop, start_new_session=True)
     try:
         yield
     finally:
@@ -90,3 +92,7 @@ def report(config: Config, rounds: int) -> str:
     """Date, machine, versions, and a Markdown table."""
     lines = [*heading(config), HEADER, "|---" * 5 + "|"]
     return "\n".join([*lines, *(row for m in MODELS for row in measure(m, config, rounds))])
+
+
+if __name__ == "__main__":
+    print(report(load_config(profile="cpu"), rounds=7))
