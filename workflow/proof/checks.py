@@ -139,7 +139,8 @@ def tokenizer_check(
     subject.llama()
     decoded = reference.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
     wrong = sum(a != b for a, b in zip(text, decoded)) + abs(len(text) - len(decoded))
-    yield Check("text survives encode and decode", wrong, f"{wrong} of {len(text)} characters differ")
+    detail = f"{wrong} of {len(text)} characters differ"
+    yield Check("text survives encode and decode", wrong, detail)
 
 
 @answers(*STATES, "logits match")
