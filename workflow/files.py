@@ -36,19 +36,16 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "r+b") as file:  # Windows cannot fsync a file opened for reading
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the rename then survives a power failure; Windows cannot do this
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except Exception as error:
-        if not is_disk_error(error):
-            raise
-        raise disk_error(path, setting, error, needed) from error
+        with disk_errors(path, setting, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "r+b") as file:  # Windows cannot fsync a file opened for reading
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # the rename then survives a power failure, except on Windows
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,14 +57,14 @@ def write_text_atomic(path: Path, text: str, setting: str) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, setting: str) -> Iterator[None]:
-    """Turns an error of the disk into a DiskError."""
+def disk_errors(path: Path, setting: str, needed: int = 0) -> Iterator[None]:
+    """Turns an error of the disk into a DiskError. setting and needed: see `atomic_write`."""
     try:
         yield
     except Exception as error:
         if isinstance(error, WorkflowError) or not is_disk_error(error):
             raise
-        raise disk_error(path, setting, error) from error
+        raise disk_error(path, setting, error, needed) from error
 
 
 def is_disk_error(error: BaseException | None) -> bool:
@@ -76,7 +73,7 @@ def is_disk_error(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or found or (error and is_disk_error(error.__context__))
 
 
-def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> DiskError:
+def disk_error(path: Path, setting: str, error: Exception, needed: int) -> DiskError:
     existing = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     size = f", it takes {needed / 1e6:.1f} MB" if needed else ""

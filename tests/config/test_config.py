@@ -186,6 +186,7 @@ INVALID = "this is not valid YAML here"
         (b"a: 1\nb: 2\na: 3\n", f'line 3: {INVALID}: found duplicate key "a"'),
         (b"a: !!bool x\n", INVALID),
         (b"a: " + b"[" * 600, INVALID),
+        (b"profiles: [ci]\n", "config.yaml: profiles: it is no table; see the project's own YAML"),
         (b"profiles: {ci: 3}\n", "profile ci (as requested): there is no such profile; choose one"),
         (b"profiles: {ci: {}}\n? [b]\n: 2\n", "use text as keys"),
         (b"profiles: {ci: {}}\na: &a [*a]\n", "no table that contains itself"),

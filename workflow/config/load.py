@@ -48,6 +48,8 @@ def load_config(
     path, saved = Path(path or project_file(CONFIG)), saved or {}
     values, (changes, causes) = read_yaml(path), parse_overrides(overrides)
     profiles = values.pop("profiles", None) or {}
+    if not isinstance(profiles, dict):
+        raise ConfigError(f"{path}: profiles", "it is no table", "see the project's own YAML")
     # first without `models:`: it needs torch, which takes seconds to import
     tables = merged(values, saved, *changes)
     validate({key: tables[key] for key in tables if key != "models"}, path, causes, complete=False)

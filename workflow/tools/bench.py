@@ -198,11 +198,12 @@ def heading(config: Config) -> list[str]:
 def report(config: Config, rounds: int, only: str = "") -> str:
     """Date, machine, versions, and a Markdown table of all rows whose name contains `only`.
 
-    Raises WorkflowError if there is no such row.
+    Raises WorkflowError if there is no such row, or SourceError if the weights are missing.
     """
     rows = cases(config)
     if not (chosen := [row for row in rows if only in str(row[0])]):
         names = "; ".join(dict.fromkeys(str(case) for case, _ in rows))
         raise WorkflowError(f"bench --only {only}", "no row has this name", f"rows: {names}")
+    open_reference(config)  # an error now is one line; an error in a worker is a traceback
     lines = [*heading(config), HEADER, "|---" * 7 + "|"]
     return "\n".join([*lines, *(measure(*pair, config, rounds) for pair in chosen)])

@@ -211,7 +211,7 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
     """A TensorBoard writer that continues after `step`: TensorBoard then hides later points."""
     now = int(time.time())  # TensorBoard orders event files by the second in their names
     if any(folder.glob(f"events.out.tfevents.{now}.*")):
-        time.sleep(now + 1 - time.time())
+        time.sleep(max(0, now + 1 - time.time()))  # the second may be over by now
     before = set(threading.enumerate())
     writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
     for thread in set(threading.enumerate()) - before:
