@@ -1,4 +1,4 @@
-"""Atomic writes, locked folders, free space, and hashes. Disk errors are one line."""
+"""Atomic writes, locked folders, free space, flat names, hashes. Disk errors are one line."""
 
 import hashlib
 import os
@@ -118,6 +118,15 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
             raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
     return lock
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts and sequences, with dotted names: {"a": [5]} gives ("a.0", 5)."""
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from flatten(part, f"{name}.{key}" if name else str(key))
 
 
 def sha256_of(values: Iterable[tuple[str, Any]]) -> str:

@@ -133,6 +133,7 @@ def test_overrides_come_from_environment_then_argument_and_are_printed(monkeypat
         ("train.stepz=3", ": there is no such key; did you mean train.steps?"),
         ("learning_rate=1e-3", ": there is no such key; did you mean train.learning_rate?"),
         ("train.new_token=3", ": there is no such key; did you mean sample.new_tokens?"),
+        ("train.beta=[0.5, 0.6]", ": there is no such key; did you mean train.betas?"),
         ("models.tiny.architecture.hidden_sise=3", "mean models.tiny.architecture.hidden_size?"),
         ("zzz=3", ": there is no such key; remove it"),
         ("train.steps=abc", ": 'abc' does not fit: Input should be a valid integer"),
