@@ -82,14 +82,6 @@ def disk_error(path: Path, setting: str, error: Exception, needed: int) -> DiskE
     return DiskError(path, what, SPACE_FIX.format(setting))
 
 
-def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None:
-    """Raises DiskError, with both sizes, if fewer than `needed` bytes are free in `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        sizes = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise DiskError(folder, sizes, SPACE_FIX.format(setting))
-
-
 def remove_temporary_files(folder: Path, min_age: float = 0) -> None:
     """Removes the partial files that a killed process left.
 
