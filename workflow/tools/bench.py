@@ -20,10 +20,11 @@ import torch
 import transformers
 from torch import nn
 
-from SmolLm3 import LlamaModel, load_hf_weights
+from SmolLm3 import LlamaModel
 from workflow.analysis import prepare_for_generation
 from workflow.config import Config
 from workflow.errors import WorkflowError
+from workflow.proof.compared import load_copy
 from workflow.reference import Reference
 from workflow.tools.models import open_reference
 from workflow.training import TrainStep, hardware, make_optimizer
@@ -115,8 +116,7 @@ TASKS = {"training step": training_step, "greedy generation": generation, "prefi
 
 def our_model(reference: Reference) -> LlamaModel:
     """Our model with the reference's weights; the memory of transformers' model is freed."""
-    model, device = LlamaModel(reference.config), reference.model.device
-    load_hf_weights(model, reference.state_dict)
+    model, device = load_copy(reference), reference.model.device
     reference.model.to("meta")
     return model.to(device)
 
