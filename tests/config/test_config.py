@@ -189,6 +189,7 @@ INVALID = "this is not valid YAML here"
         (b"a: " + b"[" * 600, INVALID),
         (b"profiles: [ci]\n", "config.yaml: profiles: it is no table; see the project's own YAML"),
         (b"profiles: {ci: 3}\n", "profile ci (as requested): there is no such profile; choose one"),
+        (b"profiles: {ci: {}}\n5: a\n6: b\n", "config.yaml: 5: there is no such key; remove it"),
         (b"profiles: {ci: {}}\n? [b]\n: 2\n", "use text as keys"),
         (b"profiles: {ci: {}}\na: &a [*a]\n", "no table that contains itself"),
     ],

@@ -272,7 +272,8 @@ def find_causes(key: str, what: str, causes: Mapping[str, str]) -> str:
 def similar_key(unknown: str, values: Mapping[str, Any]) -> str | None:
     """The setting that is most like an unknown one; first in the same table."""
     table, _, last = unknown.rpartition(".")
-    names = [*values, *(re.sub(r"\.\d+$", "", name) for name, _ in flatten(values))]  # of lists
+    settings = [re.sub(r"\.\d+$", "", name) for name, _ in flatten(values)]  # not places in lists
+    names = [*map(str, values), *settings]
     names = [name for name in names if not f"{name}.".startswith(f"{unknown}.")]
     first = (f"{table}.", "train.", "sample.")
     names.sort(key=lambda name: [not name.startswith(start) for start in first])
