@@ -96,7 +96,7 @@ def open_workspace(steps: int = STEPS) -> Iterator[Workspace]:
 
 def dropout_after_mlp(module, _, output):
     if type(module).__name__ == "LlamaMLP":
-        return F.dropout(output, 0.1, torch.is_grad_enabled())  # not in validation and samples
+        return F.dropout(output, 0.1, module.training)
     return None
 
 

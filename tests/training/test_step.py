@@ -18,6 +18,7 @@ from workflow.training.step import (
     CHUNK,
     NextTokenLoss,
     TrainStep,
+    eval_mode,
     learning_rate,
     make_optimizer,
 )
@@ -122,6 +123,14 @@ def test_the_optimizer_has_each_parameter_once_and_weight_decay_only_on_matrices
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert (group["weight_decay"] > 0) == (parameter.ndim >= 2)
+
+
+def test_eval_mode_ends_with_its_block(model):
+    model.train()
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), eval_mode(model):
+        assert not model.training
+        raise KeyboardInterrupt
+    assert model.training
 
 
 CPU = torch.device("cpu")

@@ -108,6 +108,13 @@ class OurModel(CheckedModel):
     def parameters(self) -> dict[str, Tensor]:
         return {hf_name(name): tensor for name, tensor in self.model.named_parameters()}
 
+    def gradients(self, ids: Tensor) -> dict[str, Tensor]:
+        self.model.train()  # as in training; all other checks are in eval mode
+        try:
+            return super().gradients(ids)
+        finally:
+            self.model.eval()
+
     def modules(self, names: Sequence[str]) -> dict[str, nn.Module]:
         return submodules(self.model, names)
 

@@ -32,6 +32,7 @@ from workflow.training.metrics import (
 )
 from workflow.training.resume import environment
 from workflow.training.signals import DeferredSignals
+from workflow.training.step import eval_mode
 from workflow.training.trainer import Trainer
 
 UNINTERRUPTED_FILE = "uninterrupted.json"  # in the folder of the log; see uninterrupted.py
@@ -138,7 +139,10 @@ class Run:
         ids = self.corpus.tokenizer.encode(prompt, add_special_tokens=False).ids
         ids = torch.tensor([ids], device=device)
         generator = torch.Generator(device).manual_seed(self.config.run.seed)
-        output = model.generate(ids, settings.new_tokens, settings.temperature, generator=generator)
+        with eval_mode(model):
+            output = model.generate(
+                ids, settings.new_tokens, settings.temperature, generator=generator
+            )
         text = self.corpus.tokenizer.decode(output[0].tolist())
         self.logger.log({"step": self.global_step, "prompt": prompt, "sample": text})
         return text

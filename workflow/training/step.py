@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import Any
 
@@ -92,6 +92,17 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
     flat = [gradient.flatten() for gradient in gradients]
     return torch.stack([torch.dot(gradient, gradient) for gradient in flat]).sum().sqrt()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts the model into eval mode for the block. `LlamaModel` has no dropout; its readers may add some."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 class TrainStep:

@@ -19,7 +19,7 @@ from workflow.files import weights_sha256
 from workflow.training import distributed, hardware, resume
 from workflow.training.metrics import StepTrace
 from workflow.training.resume import Names, State, code_sha256
-from workflow.training.step import TrainStep
+from workflow.training.step import TrainStep, eval_mode
 
 
 class Trainer:
@@ -75,11 +75,12 @@ class Trainer:
         loss_of = self.step_function.loss_module
         size = settings.micro_batch_size or settings.batch_size, settings.sequence_length
         held_out = validation_batches(self.corpus.validation, settings.validation_tokens, *size)
-        for inputs, targets in held_out:
-            loss = loss_of(inputs.to(self.device), targets.to(self.device))
-            total += loss.item() * inputs.numel()
-            count += inputs.numel()
-            after_batch()
+        with eval_mode(self.model):
+            for inputs, targets in held_out:
+                loss = loss_of(inputs.to(self.device), targets.to(self.device))
+                total += loss.item() * inputs.numel()
+                count += inputs.numel()
+                after_batch()
         return total / count
 
     def state_dict(self) -> State:
