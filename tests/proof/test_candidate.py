@@ -58,6 +58,22 @@ OTHER_SUMS = (
     ("@ self.wte.weight.T", "@ self.wte.weight.T, None"),
 )
 IN_PLACE = ("x = x + self.attn(self.norm1(x))", "x += self.attn(self.norm1(x))")
+CONV1D = """class Conv1D(nn.Linear):
+    def __init__(self, inputs, outputs, bias):
+        super().__init__(outputs, inputs, bias)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class MLP"""
+TRANSPOSED = (
+    ("self.qkv = nn.Linear", "self.qkv = Conv1D"),
+    ("self.out = nn.Linear", "self.out = Conv1D"),
+    ("class MLP", CONV1D),
+    ('"qkv"', '("qkv", "transposed")'),
+    ('"out"', '("out", "transposed")'),
+)
 FUSED = "from variants import NAMES, Fused as build"
 RIGHT = {  # (source, words about the head)
     "fixed": (variant(), "the head has no tensor of its own"),
@@ -65,7 +81,8 @@ RIGHT = {  # (source, words about the head)
     "tied head": (variant(*TIED), "the head is tied"),
     "untied head": (variant(*UNTIED), "the head is NOT tied"),
     "in place, without a gradient": (variant(IN_PLACE), "no tensor of its own"),
-    "fused and transposed": (FUSED, "no tensor of its own"),
+    "fused and transposed": (variant(*TRANSPOSED), "no tensor of its own"),
+    "without modules": (FUSED, "no tensor of its own"),
 }
 
 ROTATION, CAUSAL = "q, k = self.rotate(q), self.rotate(k)", "is_causal=True"
