@@ -73,17 +73,6 @@ def ours(task: dict, turn: Callable) -> None:
         turn(step.metrics()[0]["loss"])
 
 
-def transformers_generation(task: dict, turn: Callable) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(task["folder"], dtype=torch.float32)
-    prompt, count = torch.tensor(task["ids"]), task["new_tokens"]
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    options |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": count}
-    while True:
-        turn(model.generate(prompt, **options)[0, -count:].tolist())
-
-
 def trainer(task: dict, turn: Callable) -> None:
     """The loop is transformers' own: it waits for its turn in a callback."""
     from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -187,7 +176,6 @@ def train(model: nn.Module, task: dict, turn: Callable) -> None:
 PARTICIPANTS = {
     "this project": ours,
     "this project, bfloat16": ours,
-    "transformers": transformers_generation,
     "transformers' Trainer": trainer,
     "litgpt": litgpt,
     "plain loop": plain_loop,

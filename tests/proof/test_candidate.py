@@ -123,7 +123,7 @@ WRONG = {  # where it shows first, and the changes of the example
     m.SILU: (f"{MLP} 0", (f"F.silu({GATE}) * {UP}", f"{GATE} * F.silu({UP})")),
     "unknown": (f"{NORM} 0", (EPS, "1e-2")),
 }
-SEVERAL = ((m.INTERLEAVED, m.OVER_HEADS, other) for other in (m.THETA, m.UNSCALED))
+SEVERAL = [(m.INTERLEAVED, m.OVER_HEADS, other) for other in (m.THETA, m.UNSCALED)]
 
 
 @pytest.fixture
