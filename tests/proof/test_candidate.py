@@ -236,6 +236,7 @@ def test_what_does_not_fit_is_listed_and_a_names_is_suggested_but_not_used(candi
     suggested = re.search(r"NAMES = (\{.*\})", printed)[1]
     names = ast.literal_eval(suggested)
     assert names["layers"] == "blocks" and names["self_attn.o_proj"] == "attn.out"
+    assert names["lm_head"] == "head"
     file = candidate(f"{source}\nNAMES = {suggested}")
     code, printed, _ = here("verify", "--quick", "--candidate", str(file))
     assert code == 0 and "my_model.py: the original." in printed
