@@ -3,12 +3,7 @@
 import pytest
 
 from workflow.errors import DiskError
-from workflow.files import (
-    atomic_write,
-    check_free_space,
-    remove_temporary_files,
-    write_text_atomic,
-)
+from workflow.files import atomic_write, remove_temporary_files, write_text_atomic
 
 
 def names(folder) -> list[str]:
@@ -42,9 +37,3 @@ def test_partial_files_of_a_killed_process_are_removed(tmp_path, capsys):
     remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["c.pt"]
     assert capsys.readouterr().out.count("the partial file of a killed process") == 3
-
-
-def test_too_little_free_space_is_refused_with_both_sizes(tmp_path):
-    check_free_space(tmp_path, 1000, "2 checkpoints", "paths.checkpoints")
-    with pytest.raises(DiskError, match=r"2 checkpoints need 10{9}\.0 MB, \d"):
-        check_free_space(tmp_path, 10**15, "2 checkpoints", "paths.checkpoints")

@@ -30,18 +30,6 @@ def text(tmp_path) -> Path:
     return file
 
 
-@pytest.mark.slow
-def test_one_line_of_100_mb_needs_limited_memory(load, text, resource):
-    with open(text, "wb") as file:
-        for _ in range(100):
-            file.write(b"words " * 87_382 + b"x" * 524_288)  # with spaces, then without
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    corpus = load(text)
-    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert len(corpus.train) + len(corpus.validation) == text.stat().st_size + 1
-    assert growth < 1_500_000  # kB
-
-
 @pytest.mark.parametrize(("ends", "cut"), [((30, 80, 93, 100), 93), ((80, 100), 90), ((90,), 90)])
 def test_validation_starts_at_a_document_if_possible(ends, cut):
     tokens = np.ones(100)

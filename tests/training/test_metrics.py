@@ -41,13 +41,6 @@ def test_rows_after_the_checkpoint_are_removed_from_log_and_tensorboard(tmp_path
     assert all(abs(value - step / 7) < 1e-6 for step, value in points)
 
 
-def test_a_start_at_step_0_has_an_empty_log_and_keeps_the_old_one(tmp_path):
-    log(tmp_path, 0, [{"step": 1, "loss": 2.0}])
-    assert log(tmp_path, 0, []).rows == []
-    (kept,) = tmp_path.glob("metrics-until-*.jsonl")
-    assert kept.read_text().endswith('{"step": 1, "loss": 2.0}\n')
-
-
 def test_tensorboard_shows_histograms_the_config_and_both_losses_in_one_chart(tmp_path):
     logger, model = MetricsLogger(tmp_path, 0, *PROVENANCE_AND_SETTINGS), nn.Linear(30, 20)
     model.register_parameter("large", nn.Parameter(torch.linspace(0, 1, 2**19)))
