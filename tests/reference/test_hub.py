@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -150,7 +149,7 @@ def test_model_comes_from_the_hub_then_from_its_cache(hub, reference, here, refu
         assert code == 0, error
         assert f"Reference: org/tiny (from hub, revision {COMMIT})" in error
         assert (hub.requests == []) == uses_cache
-    shutil.rmtree(tmp_path / "hf")
-    del hub.repositories["org/tiny"]["model.safetensors"]
-    line = refused(5, "train", settings=settings)
-    assert f"org/tiny: its revision {COMMIT} has no *.safetensors; choose a model" in line
+    hub.repositories["org/other"] = files = dict(hub.repositories["org/tiny"])
+    del files["model.safetensors"]
+    line = refused(5, "train", settings=[*settings, "models.tiny.hub_id=org/other"])
+    assert f"org/other: its revision {COMMIT} has no *.safetensors; choose a model" in line

@@ -83,7 +83,7 @@ def test_a_command_imports_only_what_it_needs(here, project):
     commands += [["train", "--profile", "quik"], generate, ["resume", "absent.pt"]]
     done = run_process(project, [sys.executable, "-c", IMPORTED, json.dumps(commands)])
     found = [line[6:] for line in done.stdout.splitlines() if line.startswith("found ")]
-    assert found == ["0", "0", *["2"] * 6, "0 torch", "2 torch"], done.stderr
+    assert found == ["0", "0", *["2"] * 6, "0 torch", "2 torch tensorboard"], done.stderr
 
 
 # --- other systems --------------------------------------------------------------------------------
