@@ -210,6 +210,7 @@ S |= {"model.layers.0.self_attn.k_proj.weight": torch.zeros(2, 6)}
 @pytest.mark.parametrize(
     ("names", "own", "problem"),
     [
+        ({("q_proj", "k_proj"): "qk"}, {"model.layers.0.self_attn.qk.weight": T(6, 6)}, None),
         (
             {("q_proj", "k_proj"): "qk"},
             {"layers.0.self_attn.qk.weight": T(5, 6)},

@@ -60,6 +60,8 @@ LLAMA3 = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0, "low_freq_fac
         ("SmolLM2-135M", {"model_type": "qwen3"}, "model_type is 'qwen3'"),
         ("SmolLM2-135M", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ("SmolLM2-135M", {"attention_bias": True}, "attention_bias is True"),
+        ("SmolLM2-135M", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ("SmolLM3-3B", {"use_sliding_window": True}, "use_sliding_window is True"),
         ("SmolLM3-3B", {"layer_types": ["sliding_attention"]}, "layer_types: LlamaModel"),
         ("SmolLM3-3B", {"no_rope_layers": None}, "the config lacks no_rope_layers"),
         ("SmolLM3-3B", {"no_rope_layers": [1, 0]}, "no_rope_layers needs 5 entries"),
