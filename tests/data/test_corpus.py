@@ -30,6 +30,12 @@ def text(tmp_path) -> Path:
     return file
 
 
+def test_a_text_is_read_only_as_far_as_it_is_tokenised(reference):
+    pieces = iter([("word ", False)] * 100)
+    next(module.tokenize(pieces, reference.tokenizer.backend_tokenizer, 0, np.dtype(np.uint16)))
+    assert len(list(pieces)) == 100 - 32  # a long text needs little memory
+
+
 @pytest.mark.parametrize(("ends", "cut"), [((30, 80, 93, 100), 93), ((80, 100), 90), ((90,), 90)])
 def test_validation_starts_at_a_document_if_possible(ends, cut):
     tokens = np.ones(100)
