@@ -1,4 +1,4 @@
-"""Atomic writes, partial files and free disk space. For locks and full disks: test_faults.py."""
+"""Atomic writes and partial files. For locks and full disks: test_faults.py."""
 
 import pytest
 

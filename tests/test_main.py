@@ -218,6 +218,7 @@ NOWHERE = ("--set", "reference.source=absent")  # an error if the model is loade
         (2, ["verify", "--set", "proof.wikitext_file=x", *NOWHERE], "x: there is no such file"),
         (2, ["evaluate", "reference", "--data", "short.txt", "--window", "600"], "context of 512"),
         (2, ["bench", "--only", "nothing"], "no row has this name; rows: training step, 1 × 128"),
+        (5, ["bench", "--only", "prefill", *NOWHERE], "absent: there is no config.json"),
         (2, ["resume", "x", "--until", "0"], "main.py resume: argument --until: '0' is not a"),
         (2, ["resume"], "the following arguments are required: CHECKPOINT; type main.py resu"),
         (2, ["generate", "x\udced"], "character 1 of the prompt is half a character"),

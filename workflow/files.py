@@ -1,4 +1,4 @@
-"""Atomic writes, locked folders, free space, and hashes. Disk errors are one line."""
+"""Atomic writes, locked folders, free space, flat names, hashes. Disk errors are one line."""
 
 import hashlib
 import os
@@ -36,19 +36,16 @@ def atomic_write(path: Path, setting: str, needed: int = 0) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "r+b") as file:  # Windows cannot fsync a file opened for reading
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == "posix":  # the rename then survives a power failure; Windows cannot do this
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    except Exception as error:
-        if not is_disk_error(error):
-            raise
-        raise disk_error(path, setting, error, needed) from error
+        with disk_errors(path, setting, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "r+b") as file:  # Windows cannot fsync a file opened for reading
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            if os.name == "posix":  # the rename then survives a power failure, except on Windows
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,14 +57,14 @@ def write_text_atomic(path: Path, text: str, setting: str) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path, setting: str) -> Iterator[None]:
-    """Turns an error of the disk into a DiskError."""
+def disk_errors(path: Path, setting: str, needed: int = 0) -> Iterator[None]:
+    """Turns an error of the disk into a DiskError. setting and needed: see `atomic_write`."""
     try:
         yield
     except Exception as error:
         if isinstance(error, WorkflowError) or not is_disk_error(error):
             raise
-        raise disk_error(path, setting, error) from error
+        raise disk_error(path, setting, error, needed) from error
 
 
 def is_disk_error(error: BaseException | None) -> bool:
@@ -76,21 +73,13 @@ def is_disk_error(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or found or (error and is_disk_error(error.__context__))
 
 
-def disk_error(path: Path, setting: str, error: Exception, needed: int = 0) -> DiskError:
+def disk_error(path: Path, setting: str, error: Exception, needed: int) -> DiskError:
     existing = next((folder for folder in path.absolute().parents if folder.is_dir()), Path("/"))
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
     size = f", it takes {needed / 1e6:.1f} MB" if needed else ""
     free = f"{shutil.disk_usage(existing).free / 1e6:.1f} MB are free"
     what = f"it cannot be written ({reason}){size}, {free}"
     return DiskError(path, what, SPACE_FIX.format(setting))
-
-
-def check_free_space(folder: Path, needed: int, what: str, setting: str) -> None:
-    """Raises DiskError, with both sizes, if fewer than `needed` bytes are free in `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        sizes = f"{what} need {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
-        raise DiskError(folder, sizes, SPACE_FIX.format(setting))
 
 
 def remove_temporary_files(folder: Path, min_age: float = 0) -> None:
@@ -121,6 +110,15 @@ def lock_folder(folder: Path, setting: str) -> BaseFileLock:
             raise BusyError(folder, f"in use by {who}", "wait for it, or stop it") from None
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
     return lock
+
+
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested dicts and sequences, with dotted names: {"a": [5]} gives ("a.0", 5)."""
+    if not isinstance(value, (Mapping, list, tuple)) or not value:
+        yield name, value
+        return
+    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from flatten(part, f"{name}.{key}" if name else str(key))
 
 
 def sha256_of(values: Iterable[tuple[str, Any]]) -> str:

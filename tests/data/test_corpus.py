@@ -71,6 +71,11 @@ def test_validation_split_of_the_source_is_used_completely(load, text, tmp_path)
     assert load(text).text_sha256 != corpus.text_sha256  # the hash covers both splits
 
 
+def test_a_damaged_text_is_no_error_of_the_disk_that_its_tokens_are_written_to(load, text):
+    with pytest.raises(DataError, match=r"it is damaged \(Not a gzipped file"):
+        load(text.rename(text.with_name("text.txt.gz")))
+
+
 def test_text_that_changes_during_reading_is_refused(load, tmp_path, text, monkeypatch):
     def change_while_reading(files, column):
         yield from read_documents(files, column)

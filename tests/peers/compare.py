@@ -31,7 +31,7 @@ from workflow.reference import export, load_exported  # noqa: E402
 from workflow.reference.gguf_file import write_gguf  # noqa: E402
 from workflow.tools import bench  # noqa: E402
 from workflow.tools.arguments import at_least  # noqa: E402
-from workflow.tools.bench import BF16, OURS, THEIRS, Case  # noqa: E402
+from workflow.tools.bench import BF16, OURS, Case  # noqa: E402
 from workflow.tools.models import open_reference  # noqa: E402
 from workflow.tools.terminal import raise_on_signals  # noqa: E402
 
@@ -79,7 +79,7 @@ def cases() -> list[tuple[Case, Case]]:
     sizes, others = [(1, 128), (4, 256)], (TRAINER, LITGPT, PLAIN)
     rows = [(STEP, *size, pair) for size in sizes for pair in ((OURS, other) for other in others)]
     f16, q8_0 = LLAMA_CPP
-    pairs = [(OURS, THEIRS), (OURS, f16), (OURS + BF16, f16), (OURS + BF16, q8_0)]
+    pairs = [(OURS, f16), (OURS + BF16, f16), (OURS + BF16, q8_0)]
     rows += [(GENERATION, 1, 128, pair) for pair in pairs]
     return [tuple(Case(*row, variant) for variant in pair) for *row, pair in rows]
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
-import plain
-
-sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests" / "proof")]
 
 
 class Turns:
@@ -38,7 +38,7 @@ class Turns:
         if len(self.results) == 2:
             self.say(seconds)
         else:
-            self.results.append(result.item() if isinstance(result, torch.Tensor) else result)
+            self.results.append(result.item() if isinstance(result, Tensor) else result)
             if len(self.results) == 1:
                 return
             self.say(self.results)
@@ -71,17 +71,6 @@ def ours(task: dict, turn: Callable) -> None:
     while True:
         step(0, *batch(task))
         turn(step.metrics()[0]["loss"])
-
-
-def transformers_generation(task: dict, turn: Callable) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(task["folder"], dtype=torch.float32)
-    prompt, count = torch.tensor(task["ids"]), task["new_tokens"]
-    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    options |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": count}
-    while True:
-        turn(model.generate(prompt, **options)[0, -count:].tolist())
 
 
 def trainer(task: dict, turn: Callable) -> None:
@@ -125,23 +114,16 @@ def trainer(task: dict, turn: Callable) -> None:
 
 def litgpt(task: dict, turn: Callable) -> None:
     """litgpt's model, converted by litgpt, in the plain loop."""
-    model, (inputs, targets) = load_litgpt(task["folder"]), batch(task)
+    model = load_litgpt(task["folder"])
     model.lm_head.weight = model.transformer.wte.weight  # tied, as in the original
-
-    def loss() -> torch.Tensor:
-        return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
-
-    plain.train(loss, model, task["settings"], turn)
+    train(model, task, turn)
 
 
 def plain_loop(task: dict, turn: Callable) -> None:
-    config = json.loads(Path(task["folder"], "config.json").read_text("utf-8"))
-    model = plain.GPT(config, load_file(Path(task["folder"], "model.safetensors")))
-    inputs, targets = batch(task)
-    plain.train(lambda: model(inputs, targets), model, task["settings"], turn)
+    train(load_plain(Path(task["folder"])), task, turn)
 
 
-def load_litgpt(folder: str) -> torch.nn.Module:
+def load_litgpt(folder: str) -> nn.Module:
     """litgpt's model from an exported folder. It converts a copy, which it writes."""
     from litgpt import GPT, Config
     from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
@@ -156,16 +138,44 @@ def load_litgpt(folder: str) -> torch.nn.Module:
     return model
 
 
-def batch(task: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def load_plain(folder: Path) -> nn.Module:
+    from variants import NAMES, Fused
+
+    from workflow.proof.names import load, match_names
+
+    model = Fused(json.loads((folder / "config.json").read_text("utf-8")))
+    weights, own = load_file(folder / "model.safetensors"), dict(model.named_parameters())
+    load(match_names(weights, own, NAMES), weights, own)
+    return model
+
+
+def batch(task: dict) -> tuple[Tensor, Tensor]:
     """Inputs and targets, (B, T) each."""
     tokens = torch.tensor(task["ids"])
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def train(model: nn.Module, task: dict, turn: Callable) -> None:
+    """A training loop in nanoGPT's style: no micro-batches, no log, no checkpoint."""
+    settings, (inputs, targets) = task["settings"], batch(task)
+    parameters = list(model.parameters())  # a tied one appears once
+    matrices = [p for p in parameters if p.ndim >= 2]
+    scales = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": matrices}, {"params": scales, "weight_decay": 0.0}]
+    options = {key: settings[key] for key in ("weight_decay", "betas", "eps")}
+    optimizer = torch.optim.AdamW(groups, lr=settings["learning_rate"], **options, fused=True)
+    while True:
+        loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, settings["max_grad_norm"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        turn(loss)
+
+
 PARTICIPANTS = {
     "this project": ours,
     "this project, bfloat16": ours,
-    "transformers": transformers_generation,
     "transformers' Trainer": trainer,
     "litgpt": litgpt,
     "plain loop": plain_loop,

@@ -21,54 +21,109 @@ from workflow.proof.diagnosis import FIXES, NOT_BY_STATE
 from workflow.proof.names import match_names, suggest_names
 from workflow.reference import load_reference
 
-ATTENTION = "layers.0, inside self_attn, between v_proj and o_proj"
-MLP, NORM = "layers.0, inside mlp, between up_proj and down_proj", "layers.0, in input_layernorm"
+ATTENTION = "layers.0, inside self_attn, between v_proj and o_proj, from position"
+MLP = "layers.0, inside mlp, between up_proj and down_proj, from position"
+NORM = "layers.0, in input_layernorm, from position"
 EXAMPLE = (ROOT / "docs" / "examples" / "wrong_model.py").read_text("utf-8")
-QKV = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
-FUSED = {"layers": "h", QKV: ("qkv", "transposed"), "embed_tokens": "tokens", "norm.weight": "g"}
-FUSED |= {"self_attn.o_proj.weight": ("o", "transposed"), "input_layernorm.weight": "g1"}
-FUSED |= {("mlp.gate_proj.weight", "mlp.up_proj.weight"): "w13"}
-FUSED |= {"mlp.down_proj.weight": ("w2", "transposed"), "post_attention_layernorm.weight": "g2"}
-TURNED = "torch.cat([-x[..., self.D // 2 :], x[..., : self.D // 2]], -1)  # "
+MISTAKE = "torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)"
+FIX = "torch.cat([-x[..., self.D // 2 :], x[..., : self.D // 2]], dim=-1)"
 
 
-def variant(**options) -> str:
-    """The source of a candidate: a `Model` of variants.py."""
-    lines = "from variants import NAMES, Model", f"build = lambda c: Model(c, **{options!r})"
-    return "\n".join(lines)
+def variant(*changes: tuple[str, str]) -> str:
+    """The source of the example with its mistake fixed, and more changes: (old text, new text)."""
+    source = EXAMPLE
+    for old, new in ((MISTAKE, FIX), *changes):
+        assert old in source, old
+        source = source.replace(old, new)
+    return source
 
 
-FIXED_EXAMPLE = EXAMPLE.replace("torch.stack([-x[..., 1::2]", f"{TURNED}[")
-THREE = {"pairs": "neighbours", "over": 1}
-UNSCALED = {**THREE, "scale": "none"}
-ALL_THREE = (m.INTERLEAVED, m.OVER_HEADS, m.THETA)
+def before_the_norm(line: str) -> tuple[str, str]:
+    """Adds a line to the model's `__init__`."""
+    return "        self.norm = ", f"        {line}\n        self.norm = "
+
+
+UNTIED = (
+    before_the_norm('self.head = nn.Linear(C, config["vocab_size"], bias=False)'),
+    ("self.wte.weight.T", "self.head.weight.T"),
+    ("NAMES = {", 'NAMES = {"lm_head": "head", '),
+)
+TIED = (*UNTIED, before_the_norm("self.head.weight = self.wte.weight"))
+OTHER_SUMS = (
+    (
+        "F.scaled_dot_product_attention(q, k, v, is_causal=True)",
+        "(q @ k.mT / self.D**0.5 + torch.full((T, T), -torch.inf).triu(1)).softmax(dim=-1) @ v",
+    ),
+    ("torch.arange(x.shape[2])", "torch.arange(x.shape[2]) + 1"),  # a rotation cannot see that
+    ("@ self.wte.weight.T", "@ self.wte.weight.T, None"),
+)
+IN_PLACE = ("x = x + self.attn(self.norm1(x))", "x += self.attn(self.norm1(x))")
+CONV1D = """class Conv1D(nn.Linear):
+    def __init__(self, inputs, outputs, bias):
+        super().__init__(outputs, inputs, bias)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class MLP"""
+TRANSPOSED = (
+    ("self.qkv = nn.Linear", "self.qkv = Conv1D"),
+    ("self.out = nn.Linear", "self.out = Conv1D"),
+    ("class MLP", CONV1D),
+    ('"qkv"', '("qkv", "transposed")'),
+    ('"out"', '("out", "transposed")'),
+)
+FUSED = "from variants import NAMES, Fused as build"
 RIGHT = {  # (source, words about the head)
-    "other names and order of sums": (variant(), "the head is tied"),
-    "untied head": (variant(tied=False), "the head is NOT tied"),
-    "in place, without a gradient": (variant(in_place=True), "the head is tied"),
-    "fused": (FIXED_EXAMPLE, "the head has no tensor of its own"),
-    "fused and transposed": (f"from variants import Fused as build\nNAMES = {FUSED}", "no tensor"),
+    "fixed": (variant(), "the head has no tensor of its own"),
+    "other sums, positions from 1, a tuple": (variant(*OTHER_SUMS), "no tensor of its own"),
+    "tied head": (variant(*TIED), "the head is tied"),
+    "untied head": (variant(*UNTIED), "the head is NOT tied"),
+    "in place, without a gradient": (variant(IN_PLACE), "no tensor of its own"),
+    "fused and transposed": (variant(*TRANSPOSED), "no tensor of its own"),
+    "without modules": (FUSED, "no tensor of its own"),
 }
-WRONG = {  # (options, mistakes, place, position)
-    "interleaved": ({"pairs": "neighbours"}, (m.INTERLEAVED,), ATTENTION, 1),
-    "no rotation": ({"pairs": "no rotation"}, (m.NEIGHBOURS,), ATTENTION, 1),
-    "over heads": ({"over": 1}, (m.OVER_HEADS,), ATTENTION, 1),
-    "theta": ({"theta": 1e5}, (m.THETA,), ATTENTION, 1),
-    "three": (THREE | {"theta": 1e5}, ALL_THREE, ATTENTION, 1),
-    "with another": (UNSCALED, (m.INTERLEAVED, m.OVER_HEADS, m.UNSCALED), ATTENTION, 1),
-    "never rotated": ({"pairs": "none"}, (m.NO_ROPE,), ATTENTION, 1),
-    "unscaled": ({"scale": "none"}, (m.UNSCALED,), ATTENTION, 1),
-    "scaled by all": ({"scale": "all heads"}, (m.SCALED_BY_ALL,), ATTENTION, 1),
-    "repeat": ({"share": "repeat"}, (m.REPEAT,), ATTENTION, 0),
-    "no mask": ({"mask": None}, (m.NO_MASK,), ATTENTION, 0),
-    "added mask": ({"mask": "added"}, (m.ADDED_MASK,), ATTENTION, 0),
-    "dropout": ({"dropout": 0.1}, (m.DROPOUT,), ATTENTION, ""),  # at another position each time
-    "eps": ({"eps": 1e-6}, (m.EPS,), NORM, 0),
-    "mean": ({"mean": True}, (m.MEAN,), NORM, 0),
-    "norm after": ({"after": True}, (m.NORM_AFTER,), NORM, 0),
-    "SiLU": ({"silu": "up"}, (m.SILU,), MLP, 0),
-    "unknown": ({"eps": 1e-2}, (), NORM, 0),
+
+ROTATION, CAUSAL = "q, k = self.rotate(q), self.rotate(k)", "is_causal=True"
+TURNED = "q, k = (self.rotate(y.transpose(1, 2)).transpose(1, 2) for y in (q, k))"
+GATE, UP, EPS = "self.gate_proj(x)", "self.up_proj(x)", 'config["rms_norm_eps"]'
+CENTRED = """class Centred(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=-1, keepdim=True))
+
+
+class MLP"""
+WRONG = {  # where it shows first, and the changes of the example
+    m.INTERLEAVED: (
+        f"{ATTENTION} 1",
+        (FIX, MISTAKE),
+        ("torch.cat([angle, angle], dim=-1)", "angle.repeat_interleave(2, dim=-1)"),
+    ),
+    m.NEIGHBOURS: (f"{ATTENTION} 1", (FIX, MISTAKE)),
+    m.OVER_HEADS: (f"{ATTENTION} 1", (ROTATION, TURNED)),
+    m.THETA: (f"{ATTENTION} 1", ('config["rope_theta"]', "1e5")),
+    m.NO_ROPE: (f"{ATTENTION} 1", (ROTATION, "")),
+    m.UNSCALED: (f"{ATTENTION} 1", (CAUSAL, f"{CAUSAL}, scale=1.0")),
+    m.SCALED_BY_ALL: (f"{ATTENTION} 1", (CAUSAL, f"{CAUSAL}, scale=(self.H * self.D) ** -0.5")),
+    m.REPEAT: (
+        f"{ATTENTION} 0",
+        ("repeat_interleave(self.H // self.K, dim=1)", "repeat(1, self.H // self.K, 1, 1)"),
+    ),
+    m.NO_MASK: (f"{ATTENTION} 0", (CAUSAL, "is_causal=False")),
+    m.ADDED_MASK: (f"{ATTENTION} 0", (CAUSAL, "attn_mask=torch.ones(T, T).tril()")),
+    m.DROPOUT: (ATTENTION, (CAUSAL, f"{CAUSAL}, dropout_p=0.1")),  # another position each time
+    m.EPS: (f"{NORM} 0", (EPS, "1e-6")),
+    m.MEAN: (f"{NORM} 0", ("nn.RMSNorm", "Centred"), ("class MLP", CENTRED)),
+    m.NORM_AFTER: (
+        f"{NORM} 0",
+        ("x + self.attn(self.norm1(x))", "self.norm1(x + self.attn(x))"),
+        ("x + self.mlp(self.norm2(x))", "self.norm2(x + self.mlp(x))"),
+    ),
+    m.SILU: (f"{MLP} 0", (f"F.silu({GATE}) * {UP}", f"{GATE} * F.silu({UP})")),
+    "unknown": (f"{NORM} 0", (EPS, "1e-2")),
 }
+SEVERAL = [(m.INTERLEAVED, m.OVER_HEADS, other) for other in (m.THETA, m.UNSCALED)]
 
 
 @pytest.fixture
@@ -108,16 +163,17 @@ def test_a_right_model_passes(source, head, judge, capsys):
     passed = "tensor values match", "logits match", "greedy tokens match"
     for name in (*passed, "batch matches single prompts"):
         assert results[name] is True
-    assert results["gradients match"] is (None if "in_place" in source else True)
+    assert results["gradients match"] is (None if "x +=" in source else True)
     assert results["logits match, 2048 tokens"] is True
     assert head in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("options", "mistakes", "place", "position"), WRONG.values(), ids=WRONG)
-def test_a_mistake_is_found_and_named(options, mistakes, place, position, judge):
-    verdict = judge(variant(**options))
+@pytest.mark.parametrize("names", [*((name,) for name in WRONG), *SEVERAL], ids=" + ".join)
+def test_a_mistake_is_found_and_named(names, judge):
+    verdict = judge(variant(*(change for name in names for change in WRONG[name][1:])))
     assert "NOT the original" in str(verdict)
-    assert str(verdict.difference).startswith(f"{place}, from position {position}")
+    assert str(verdict.difference).startswith(WRONG[names[0]][0])
+    mistakes = tuple(name for name in names if name != "unknown")
     assert verdict.mistakes == mistakes
     skipped = {check.name: check.detail for check in verdict.checks if check.passed is None}
     for name in ("gradients match", "greedy tokens match"):  # they would show nothing new
@@ -128,34 +184,34 @@ def test_a_mistake_is_found_and_named(options, mistakes, place, position, judge)
 
 def test_a_mistake_is_named_by_the_logits_if_no_module_can_be_compared(judge):
     build = "build = lambda c: Fused({**c, 'rope_theta': 1e5})"
-    verdict = judge(f"from variants import Fused\n{build}\nNAMES = {FUSED}")
+    verdict = judge(f"from variants import NAMES, Fused\n{build}")
     assert verdict.mistakes == (m.THETA,) and verdict.only
     assert str(verdict.difference).startswith("logits, after embed_tokens, from position 1 on")
 
 
 @pytest.mark.parametrize("calls", range(3, 9))
 def test_a_model_that_becomes_wrong_later_does_not_pass(calls, judge):
-    lines = "n = 0", "def logits(model, ids):", "    global n", "    n, y = n + 1, model(ids)[0]"
+    lines = "n = 0", "def logits(model, ids):", "    global n", "    n, y = n + 1, model(ids)"
     source = "\n".join((variant(), *lines, f"    return y if n <= {calls} else y + y.flip(-1)"))
     assert not judge(source).passed
 
 
 def test_a_model_that_is_wrong_only_in_a_batch_does_not_pass(judge):
-    verdict = judge(f"{variant()}\ndef logits(model, ids): return model(ids)[0].roll(1, 0)")
+    verdict = judge(f"{variant()}\ndef logits(model, ids): return model(ids).roll(1, 0)")
     (check,) = [check for check in verdict.checks if check.passed is False]
     assert check.name == "batch matches single prompts" and not verdict.passed
     assert check.detail.endswith("two without padding; it has no padding mask")
 
 
 def test_a_model_of_single_texts_is_not_compared_in_a_batch(judge):
-    lines = "def logits(model, ids):", "    assert len(ids) == 1", "    return model(ids)[0]"
+    lines = "def logits(model, ids):", "    assert len(ids) == 1", "    return model(ids)"
     verdict = judge("\n".join((variant(), *lines)))
     assert verdict.passed and "it accepts only one text at a time" in str(verdict)
 
 
 @pytest.mark.parametrize("value", ["nan", "-inf"])
 def test_nan_and_infinity_are_not_taken_for_dropout(value, judge):
-    logits = f"def logits(model, ids):\n    return model(ids)[0] + float('{value}')"
+    logits = f"def logits(model, ids):\n    return model(ids) + float('{value}')"
     verdict = judge(f"{variant()}\n{logits}")
     assert verdict.mistakes == () and verdict.difference.state == "logits"
 
@@ -168,18 +224,20 @@ def test_every_mutation_that_a_state_can_show_has_a_fix():
 
 
 def test_what_does_not_fit_is_listed_and_a_names_is_suggested_but_not_used(candidate, here):
-    source = "import variants\nbuild = variants.Model\nprint('from the file')"
+    buffer = before_the_norm('self.register_buffer("a_mask", torch.ones(4))')
+    source = variant(*TIED, buffer) + "\ndel NAMES\nprint('from the file')"
     code, printed, error = here("verify", "--candidate", str(candidate(source)))
     assert code == 2 and f"{candidate(source)} is executed now" in printed
     assert "missing model.layers.N.self_attn.q_proj.weight (2 times)" in printed
-    assert "extra blocks.N.attn.wq.weight (2 times)" in printed and "1 buffers, a_mask" in printed
+    assert "extra blocks.N.attn.qkv.weight (2 times)" in printed and "1 buffers, a_mask" in printed
     *_, line = error.splitlines()
     assert "from the file" in error.splitlines() and "from the file" not in printed
-    assert re.fullmatch(r"error: \S+my_model.py: the weights do not fit: 20 tensors .*; .*", line)
+    assert re.fullmatch(r"error: \S+my_model.py: the weights do not fit: 19 tensors .*; .*", line)
     suggested = re.search(r"NAMES = (\{.*\})", printed)[1]
     names = ast.literal_eval(suggested)
-    assert names["layers"] == "blocks" and names["self_attn.q_proj"] == "attn.wq"
-    file = candidate(f"import variants\nbuild = variants.Model\nNAMES = {suggested}")
+    assert names["layers"] == "blocks" and names["self_attn.o_proj"] == "attn.out"
+    assert names["lm_head"] == "head"
+    file = candidate(f"{source}\nNAMES = {suggested}")
     code, printed, _ = here("verify", "--quick", "--candidate", str(file))
     assert code == 0 and "my_model.py: the original." in printed
 
@@ -229,7 +287,7 @@ def test_names(names, own, problem):
 
 # --- files that cannot be used ---
 
-LOGITS = f"{variant()}\ndef logits(model, ids): return model(ids)[0]"
+LOGITS = f"{variant()}\ndef logits(model, ids): return model(ids)"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +302,10 @@ LOGITS = f"{variant()}\ndef logits(model, ids): return model(ids)[0]"
         (variant() + "\nNAMES = {'a': 1}", r"my_model.py: NAMES\['a'\] is 1, not a name .*"),
         (f"{LOGITS}[:, -1]", r"my_model.py: the logits are \(1, 257\), not \(1, 16, 257\): .*"),
         (f"{LOGITS}.half()", r"my_model.py: the logits are torch.float16, not torch.float32; .*"),
-        (variant(share="no"), r"variants.py:\d+: the model raised KeyError: 'no'"),
+        (
+            f"{FUSED}\nlogits = lambda model, ids: model('no')",
+            r"variants.py:\d+: the model raised TypeError: .*",
+        ),
     ],
 )
 def test_an_error_of_the_candidate_is_one_line(source, message, candidate, refused):
@@ -254,7 +315,7 @@ def test_an_error_of_the_candidate_is_one_line(source, message, candidate, refus
 
 def test_its_modules_hide_ours_and_only_while_it_runs(judge, candidate, capsys):
     ours = sys.modules["SmolLm3"]
-    candidate("from variants import NAMES, Model\nThing = Model", "SmolLm3.py")
+    candidate("from variants import Fused as Thing", "SmolLm3.py")
     source = "def build(config):\n    from SmolLm3 import Thing\n    print('building')\n"
     verdict = judge(source + "    return Thing(config)\nfrom variants import NAMES")
     assert verdict.passed and sys.modules["SmolLm3"] is ours and "variants" in sys.modules
@@ -266,13 +327,13 @@ def test_its_modules_hide_ours_and_only_while_it_runs(judge, candidate, capsys):
 @pytest.mark.parametrize("factor", [1, 1.002])
 def test_it_does_not_change_the_precision_of_the_original(factor, judge):
     lines = "import torch", "torch.set_float32_matmul_precision('medium')"
-    logits = f"def logits(model, ids): return model(ids)[0] * {factor}"
+    logits = f"def logits(model, ids): return model(ids) * {factor}"
     verdict = judge("\n".join((variant(), *lines, logits)))
     assert verdict.passed == (factor == 1) and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_a_candidate_may_accept_few_tokens(judge):
-    refuses = "\ndef logits(model, ids):\n    assert ids.shape[1] <= 300\n    return model(ids)[0]"
+    refuses = "\ndef logits(model, ids):\n    assert ids.shape[1] <= 300\n    return model(ids)"
     verdict = judge(variant() + refuses)
     assert verdict.passed and "19 prompts" in verdict.checks[-6].detail
 

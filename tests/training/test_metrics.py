@@ -1,5 +1,7 @@
 """The log of a run, in metrics.jsonl and TensorBoard."""
 
+import time
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -7,7 +9,7 @@ from torch import nn
 
 from workflow.errors import CheckpointError
 from workflow.training.hardware import peak_flops
-from workflow.training.metrics import MetricsLogger, loss_summary, read_log
+from workflow.training.metrics import MetricsLogger, loss_summary, read_log, summary_writer
 
 PROVENANCE_AND_SETTINGS = {"name": "weights", "text": "a text"}, {"seed": 1}
 
@@ -39,6 +41,14 @@ def test_rows_after_the_checkpoint_are_removed_from_log_and_tensorboard(tmp_path
     points = [(event.step, event.value) for event in events.Scalars("loss/train")]
     assert [step for step, _ in points] == list(range(1, 26))
     assert all(abs(value - step / 7) < 1e-6 for step, value in points)
+
+
+def test_the_wait_for_the_next_second_may_find_that_it_has_begun(tmp_path, monkeypatch):
+    second = 1_000_000_000
+    (tmp_path / f"events.out.tfevents.{second}.host").touch()
+    times = iter([second + 0.99])
+    monkeypatch.setattr(time, "time", lambda: next(times, second + 1.01))
+    summary_writer(tmp_path, 0).close()
 
 
 def test_tensorboard_shows_histograms_the_config_and_both_losses_in_one_chart(tmp_path):

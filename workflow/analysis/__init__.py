@@ -7,6 +7,3 @@ from workflow.analysis.generation import (
     sampling_options,
     stream_text,
 )
-
-__all__ = ["Evaluation", "evaluate", "evaluate_models", "prepare_for_generation", "prompt_ids"]
-__all__ += ["sampling_options", "stream_text", "unigram_loss"]

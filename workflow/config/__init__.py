@@ -2,5 +2,3 @@
 
 from workflow.config.load import load_config, parse_yaml
 from workflow.config.settings import Config, DataSettings, ProofSettings
-
-__all__ = ["Config", "DataSettings", "ProofSettings", "load_config", "parse_yaml"]

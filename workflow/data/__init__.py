@@ -4,6 +4,3 @@ from workflow.data.batches import batch_at, validation_batches
 from workflow.data.corpus import Corpus, load_corpus
 from workflow.data.documents import read_text
 from workflow.data.sources import Source, local_source
-
-__all__ = ["Corpus", "Source", "batch_at", "load_corpus", "local_source", "read_text"]
-__all__ += ["validation_batches"]

@@ -4,6 +4,3 @@ from workflow.proof.bounds import BOUNDS, Check, check_table, checks_to_json, fa
 from workflow.proof.candidate import write_inputs
 from workflow.proof.checks import copy_reference, reference_loss, verify
 from workflow.proof.diagnosis import Verdict, judge
-
-__all__ = ["BOUNDS", "Check", "Verdict", "check_table", "checks_to_json", "copy_reference"]
-__all__ += ["failed_checks", "judge", "reference_loss", "verify", "write_inputs"]

@@ -11,6 +11,3 @@ from workflow.reference.load import (
     load_reference,
 )
 from workflow.reference.wheel import find_in_package
-
-__all__ = ["Reference", "compare_configs", "export", "find_in_package", "load_exported"]
-__all__ += ["load_for_generation", "load_reference", "read_gguf", "unequal_tensors"]

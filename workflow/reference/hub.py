@@ -137,8 +137,7 @@ def download(repo_id: str, fetch: Callable[[], str]) -> Path:
 
 def source_error(repo_id: str, what: str, error: Exception, fix: str) -> SourceError:
     """The client's error in one line. Some HTTP status codes have their own fix."""
-    error = root_cause(error)
-    if (response := getattr(error, "response", None)) is not None:
+    if (response := getattr(root_cause(error), "response", None)) is not None:
         what = f"the Hub answered {response.status_code} {response.reason_phrase}"
         return SourceError(repo_id, what, FIXES.get(response.status_code, fix))
     return SourceError(repo_id, f"{what} ({short_cause(error)})", fix)

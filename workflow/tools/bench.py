@@ -20,10 +20,11 @@ import torch
 import transformers
 from torch import nn
 
-from SmolLm3 import LlamaModel, load_hf_weights
+from SmolLm3 import LlamaModel
 from workflow.analysis import prepare_for_generation
 from workflow.config import Config
 from workflow.errors import WorkflowError
+from workflow.proof.compared import load_copy
 from workflow.reference import Reference
 from workflow.tools.models import open_reference
 from workflow.training import TrainStep, hardware, make_optimizer
@@ -115,8 +116,7 @@ TASKS = {"training step": training_step, "greedy generation": generation, "prefi
 
 def our_model(reference: Reference) -> LlamaModel:
     """Our model with the reference's weights; the memory of transformers' model is freed."""
-    model, device = LlamaModel(reference.config), reference.model.device
-    load_hf_weights(model, reference.state_dict)
+    model, device = load_copy(reference), reference.model.device
     reference.model.to("meta")
     return model.to(device)
 
@@ -198,11 +198,12 @@ def heading(config: Config) -> list[str]:
 def report(config: Config, rounds: int, only: str = "") -> str:
     """Date, machine, versions, and a Markdown table of all rows whose name contains `only`.
 
-    Raises WorkflowError if there is no such row.
+    Raises WorkflowError if there is no such row, or SourceError if the weights are missing.
     """
     rows = cases(config)
     if not (chosen := [row for row in rows if only in str(row[0])]):
         names = "; ".join(dict.fromkeys(str(case) for case, _ in rows))
         raise WorkflowError(f"bench --only {only}", "no row has this name", f"rows: {names}")
+    open_reference(config)  # an error now is one line; an error in a worker is a traceback
     lines = [*heading(config), HEADER, "|---" * 7 + "|"]
     return "\n".join([*lines, *(measure(*pair, config, rounds) for pair in chosen)])

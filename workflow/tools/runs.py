@@ -10,8 +10,7 @@ from typing import Any
 from workflow.analysis import figures
 from workflow.config.load import read_yaml
 from workflow.errors import WorkflowError
-from workflow.files import atomic_write
-from workflow.training.checkpoint import flatten
+from workflow.files import atomic_write, flatten
 from workflow.training.metrics import FOLDER_KEY, METRICS_FILE, SETTINGS_FILE, read_log
 
 COLUMNS = ("run", "began (UTC)", "model", "data", "steps", "loss", "held out", "differs")

@@ -11,20 +11,3 @@ from workflow.training.run import Run
 from workflow.training.step import NextTokenLoss, TrainStep, learning_rate, make_optimizer
 from workflow.training.trainer import Trainer
 from workflow.training.uninterrupted import continue_uninterrupted, smoke_test
-
-__all__ = [
-    "NextTokenLoss",
-    "Run",
-    "TrainStep",
-    "Trainer",
-    "continue_uninterrupted",
-    "initial_model",
-    "learning_rate",
-    "load_checkpoint",
-    "load_foreign_model",
-    "load_model",
-    "make_optimizer",
-    "open_run",
-    "resume_run",
-    "smoke_test",
-]

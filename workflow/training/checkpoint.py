@@ -10,7 +10,6 @@ import os
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from workflow.errors import (
     MissingError,
     NonFiniteError,
 )
-from workflow.files import atomic_write, sha256_of
+from workflow.files import atomic_write, flatten, sha256_of
 
 FORMAT = "smollm-workflow checkpoint"
 FORMAT_VERSION = 3
@@ -76,15 +75,6 @@ def save(path: Path, state: dict[str, Any]) -> None:
         with open(temporary, "wb") as file:  # given a path, torch.save would store its name
             torch.save(state, file)
         check_archive(temporary)
-
-
-def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dicts and sequences, with dotted names: {"a": [5]} gives ("a.0", 5)."""
-    if not isinstance(value, (Mapping, list, tuple)) or not value:
-        yield name, value
-        return
-    for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from flatten(part, f"{name}.{key}" if name else str(key))
 
 
 def non_finite_tensors(state: Any) -> list[str]:

@@ -1,11 +1,13 @@
 """The folder with the checkpoints of a run."""
 
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from workflow.config.settings import Config
-from workflow.files import check_free_space, lock_folder, remove_temporary_files
+from workflow.errors import DiskError
+from workflow.files import SPACE_FIX, lock_folder, remove_temporary_files
 from workflow.training import checkpoint, distributed
 
 
@@ -50,7 +52,10 @@ class RunDirectory:
         count = min(saves, config.train.keep_checkpoints + 2)  # a resumed and a temporary one
         missing = max(count - len(checkpoint.steps_in(self.folder)), 1)
         size = 3 * weights_bytes * missing  # weights and two moments
-        check_free_space(self.folder, size, f"{count} checkpoints", checkpoint.FOLDER_KEY)
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            what = f"{count} checkpoints need {size / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+            raise DiskError(self.folder, what, SPACE_FIX.format(checkpoint.FOLDER_KEY))
 
     def close(self) -> None:
         if self.locked:

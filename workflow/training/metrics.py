@@ -24,7 +24,6 @@ from workflow.training.resume import code_sha256
 
 FOLDER_KEY = "paths.runs"  # the configuration key of the folder
 METRICS_FILE, SETTINGS_FILE = "metrics.jsonl", "settings.yaml"  # in the folder of a run
-ONCE = ("loss", "validation_loss", "sample")  # keys that a step has only once in a log
 TENSORBOARD_TAGS = {  # TensorBoard's names of values; it shows the groups in alphabetical order
     "loss": "loss/train",
     "validation_loss": "loss/validation",
@@ -211,7 +210,7 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
     """A TensorBoard writer that continues after `step`: TensorBoard then hides later points."""
     now = int(time.time())  # TensorBoard orders event files by the second in their names
     if any(folder.glob(f"events.out.tfevents.{now}.*")):
-        time.sleep(now + 1 - time.time())
+        time.sleep(max(0, now + 1 - time.time()))  # the second may be over by now
     before = set(threading.enumerate())
     writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
     for thread in set(threading.enumerate()) - before:
@@ -221,20 +220,16 @@ def summary_writer(folder: Path, step: int) -> SummaryWriter:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The rows of a log. Raises CheckpointError, with the number of a damaged or repeated line."""
+    """The rows of a log. Raises CheckpointError, with the number of a damaged line."""
     # a kill can leave a partial last line: it is ignored
     lines = file.read_bytes().rpartition(b"\n")[0].split(b"\n") if file.is_file() else []
-    rows, seen = [], set()
+    rows = []
     for number, line in enumerate(filter(None, lines), 1):
         try:
             row = json.loads(line)
-            if type(row["step"]) is not int:  # "7" or 7.5 would hide a repeated step
+            if type(row["step"]) is not int:  # "7" cannot be compared with 7
                 raise ValueError("no step")
             rows.append(row)
-            keys = {(row["step"], key, row.get("prompt")) for key in ONCE if key in row}
-            if keys & seen:
-                raise ValueError("repeated")
-            seen |= keys
         except (ValueError, TypeError, KeyError):
             what, fix = f"line {number} is damaged", "move the file away to start a new log"
             raise CheckpointError(file, what, fix) from None

@@ -22,6 +22,7 @@ from torch.optim import AdamW
 from SmolLm3 import LlamaModel, ModelConfig, hf_name, load_hf_weights
 from workflow.config.settings import TrainSettings
 from workflow.errors import CheckpointError, ConfigError, ForeignError
+from workflow.files import flatten
 from workflow.training import checkpoint, distributed
 
 State = dict[str, Any]  # a checkpoint or a part of it; see `checkpoint.CONTENTS`
@@ -109,7 +110,7 @@ def compare(path: Path, saved: State, now: State, allowed: Names = ()) -> list[s
 
     Raises CheckpointError, with both values, if a key differs that is not in `allowed`.
     """
-    before, after = dict(checkpoint.flatten(saved)), dict(checkpoint.flatten(now))
+    before, after = dict(flatten(saved)), dict(flatten(now))
     differ = [name for name in before | after if before.get(name) != after.get(name)]
     if not differ:
         return []

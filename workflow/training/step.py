@@ -96,7 +96,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts the model into eval mode for the block. `LlamaModel` has no dropout; a test adds one."""
+    """Eval mode for the block. `LlamaModel` has no dropout, but somebody may add it."""
     training = model.training
     model.eval()
     try:
