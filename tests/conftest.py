@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
+from SmolLm3 import LlamaModel  # noqa: E402
 from workflow import files  # noqa: E402
 from workflow.config import load_config  # noqa: E402
 from workflow.reference import load_reference  # noqa: E402
@@ -73,6 +74,13 @@ def config(tmp_path):
 @pytest.fixture
 def reference(config):
     return load_reference("random", config.model_entry)
+
+
+@pytest.fixture
+def model(config) -> LlamaModel:
+    """A tiny model of ours with random weights."""
+    torch.manual_seed(0)
+    return LlamaModel(config.train_architecture)
 
 
 @pytest.fixture(scope="session")
@@ -144,12 +152,6 @@ def run_process(folder: Path, command: Sequence[str], **environment: str):
     environment = os.environ | {"SMOLLM_PROFILE": "ci"} | environment
     options = {"cwd": folder, "env": environment, "capture_output": True, "errors": "replace"}
     return subprocess.run(command, timeout=300, **options)
-
-
-@pytest.fixture
-def command(project):
-    """Runs `python main.py …` as a process in `project`, with the ci profile."""
-    return lambda *words, **more: run_process(project, python_main(*words, settings=()), **more)
 
 
 @pytest.fixture

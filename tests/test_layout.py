@@ -1,8 +1,6 @@
 """Imports go one way, no file is too long, and nothing loads code from a file."""
 
 import re
-import subprocess
-import sys
 
 import nbformat
 import pytest
@@ -12,9 +10,6 @@ from conftest import ROOT
 # from top to bottom; a file may import its own chapter and the chapters after it
 ORDER = ["main", "tools", "proof", "training", "analysis", "data", "reference", "config"]
 ORDER += ["files", "errors", "SmolLm3"]
-# what the fast commands import, and what takes seconds to import
-LIGHT = "workflow.config, workflow.data, workflow.reference, workflow.training"
-HEAVY = {"transformers", "datasets", "matplotlib", "pandas"}
 
 PATHS = [ROOT / "main.py", ROOT / "SmolLm3.py", *sorted(ROOT.glob("workflow/**/*.py"))]
 FILES = {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in PATHS}
@@ -92,9 +87,3 @@ def test_no_source_runs_code_from_a_file():
 )
 def test_unsafe_code_is_found(source):
     assert UNSAFE.search(source)
-
-
-def test_fast_commands_import_no_slow_library():
-    program = f"import sys, {LIGHT}; print(sys.modules.keys() & {HEAVY})"
-    command = [sys.executable, "-c", program]
-    assert subprocess.check_output(command, cwd=ROOT, text=True).strip() == "set()"

@@ -74,7 +74,7 @@ def foreign_kernel(tmp_path, monkeypatch) -> Path:
 
 def reply(url: str) -> dict:
     """The JSON of a server that may not listen yet."""
-    for _ in range(40):
+    for _ in range(240):
         with contextlib.suppress(urllib.error.URLError), urllib.request.urlopen(url) as answer:  # noqa: S310
             return json.load(answer)
         time.sleep(0.5)

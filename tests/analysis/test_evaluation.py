@@ -8,15 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from SmolLm3 import LlamaModel
 from workflow.analysis import evaluate, evaluate_models, evaluation, unigram_loss
 from workflow.proof import copy_reference
-
-
-@pytest.fixture
-def model(config) -> LlamaModel:
-    torch.manual_seed(0)
-    return LlamaModel(config.train_architecture)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from SmolLm3 import LlamaModel, token_probabilities
+from SmolLm3 import token_probabilities
 from workflow.analysis import prepare_for_generation, prompt_ids, sampling_options, stream_text
 from workflow.errors import WorkflowError
 
@@ -43,12 +43,6 @@ def test_probabilities_equal_those_of_transformers(temperature, top_k, top_p, mi
 def test_a_tiny_temperature_is_greedy():
     probabilities = token_probabilities(torch.tensor([[1.0, 3.0, 2.0]]), 1e-39)
     assert probabilities.tolist() == [[0.0, 1.0, 0.0]]
-
-
-@pytest.fixture
-def model(config):
-    torch.manual_seed(0)
-    return LlamaModel(config.model_entry.architecture)
 
 
 @pytest.mark.parametrize(

@@ -7,30 +7,16 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from SmolLm3 import ModelConfig
 from workflow.config import load_config, parse_yaml
 from workflow.errors import ConfigError, WorkflowError
 
 YAML = ROOT / "SmolLm3_Config.yaml"
 
 
-@pytest.mark.parametrize(
-    ("profile", "schedule"),  # of 5000 + 50 steps
-    [
-        ("full", (1e-4, 1e-5, 100, 5050, None)),
-        ("pretrain", (5.3e-4, 0.0, 5, 5050, 1010)),
-        ("cpu", (2e-5, 2e-6, 100, 5050, None)),
-        ("quick", (2e-3, 2e-4, 100, 5050, None)),
-        ("ci", (3e-3, 3e-4, 100, 5050, None)),
-    ],
-)
-def test_every_profile_is_complete_and_its_shares_become_numbers(profile, schedule):
-    config = load_config(YAML, profile)
-    train = config.train
-    assert (train.steps, train.resume_steps) == (5000, 50)
-    rates = train.learning_rate, train.min_learning_rate
-    assert (*rates, train.warmup_steps, train.schedule_steps, train.decay_steps) == schedule
-    assert isinstance(config.model_entry.architecture, ModelConfig)
+@pytest.mark.parametrize("profile", ["full", "pretrain", "cpu", "quick", "ci"])
+def test_every_profile_is_complete(profile):
+    train = load_config(YAML, profile).train
+    assert (train.steps, train.resume_steps, train.schedule_steps) == (5000, 50, 5050)
 
 
 def test_the_schedule_is_a_share_of_the_run_or_a_number():
@@ -65,8 +51,6 @@ def test_settings_of_a_run_replace_the_profile_but_overrides_come_last(monkeypat
     [
         ("data.source", "~/$NAME/a: b", "/home/me/texts/a: b"),
         ("sample.prompt", "Issue # 5, ~", "Issue # 5, ~"),
-        ("sample.prompt", "[1", "[1"),
-        ("data.column", "010", "010"),
         ("data.name", "null", None),
         ("proof.wikitext_file", "~/test.txt", Path("/home/me/test.txt")),
         ("evaluation.texts", "a #1.txt", (Path("a #1.txt"),)),

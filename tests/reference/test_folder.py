@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from loopback import COMMIT, serve
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -182,15 +181,6 @@ def test_bad_folder_is_one_line(folder, refusal, name, change, words):
     else:
         (folder / name).unlink() if change is None else os.truncate(folder / name, change)
     assert (words if words.startswith("exported") else f"{name}{words}") in refusal()
-
-
-def test_a_model_of_the_hub_without_safetensors_is_refused(folder, refused, monkeypatch):
-    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    with serve({"org/tiny": {file.name: file.read_bytes() for file in folder.iterdir()}}) as hub:
-        hub.connect(folder.parent / "hf", monkeypatch)
-        settings = ["models.tiny.hub_id=org/tiny", f"models.tiny.revision={COMMIT}"]
-        line = refused(5, "train", settings=[*settings, "reference.source=hub"])
-    assert f"org/tiny: its revision {COMMIT} has no *.safetensors; choose a model" in line
 
 
 # --- keys of config.json --------------------------------------------------------------------------

@@ -44,11 +44,9 @@ def contents(folder: str) -> dict[str, bytes]:
 
 
 DOWNLOAD = "with a network, type: hf download org/tiny --repo-type model --revision"
-WAIT = "wait some minutes and run again"
 LOG_IN = "check its id, or type: hf auth login"
 FAULTS = [
     (Fault(404), "the Hub answered 404 Not Found; fix its id or revision in the YAML"),
-    (Fault(429), f"the Hub answered 429 Too Many Requests; {WAIT}"),
     (Fault(418), f"the Hub answered 418 I'm a Teapot; {DOWNLOAD}"),
     (Fault(403, "resolve"), f"the Hub answered 403 Forbidden; {LOG_IN}"),  # gated
     (Fault("hang", "resolve"), f"cannot be reached (no answer within 3 s); {DOWNLOAD}"),
@@ -61,7 +59,8 @@ def test_network_fault_is_one_line_and_the_next_try_succeeds(hub, get, fault, me
     hub.fault, start = fault, time.perf_counter()
     answer = get()
     assert answer.startswith("error: org/tiny: ") and message in answer
-    assert time.perf_counter() - start < 25
+    if fault.kind == "hang":
+        assert time.perf_counter() - start < 25  # the client alone can wait for minutes
     hub.fault = None
     assert contents(get()) == WANTED
 
@@ -150,3 +149,7 @@ def test_model_comes_from_the_hub_then_from_its_cache(hub, reference, here, refu
         assert code == 0, error
         assert f"Reference: org/tiny (from hub, revision {COMMIT})" in error
         assert (hub.requests == []) == uses_cache
+    hub.repositories["org/other"] = files = dict(hub.repositories["org/tiny"])
+    del files["model.safetensors"]
+    line = refused(5, "train", settings=[*settings, "models.tiny.hub_id=org/other"])
+    assert f"org/other: its revision {COMMIT} has no *.safetensors; choose a model" in line

@@ -25,8 +25,7 @@ TEXTS = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown"]
 # parts of cells
 SETUP = ("PROFILE = None", "import torch", "load_config(", "load_reference(", "load_corpus(")
 SETUP += ("open_run(",)
-TRAIN, RESUME = "run.train(config.train.steps)", "resume_run("
-SMOKE_TEST = "training.smoke_test("
+TRAIN = "run.train(config.train.steps)"
 SHORT_RUN = (
     "train.validate_every=100 train.checkpoint_every=100 sample.every=100 sample.new_tokens=8 "
     "mutations.steps=1 proof.quick=true proof.new_tokens=4"
@@ -101,7 +100,7 @@ def write_cells(project, *sources: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=cells), project / "main.ipynb")
 
 
-def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, project, monkeypatch):
+def test_the_notebook_is_executed_live(here, project, monkeypatch):
     monkeypatch.setenv("SMOLLM_SET", f"{SHORT_RUN} train.steps=200 train.resume_steps=20")
     code, shown, error = here(*RUN, "--in-place")
     assert code == 0, error
@@ -127,16 +126,6 @@ def test_the_notebook_is_executed_live_then_replayed_from_the_log(here, project,
     text = (folder / "main.ipynb").read_text("utf-8")
     assert text.count('"image/png"') >= 3 and text.count('"text/html"') >= 4  # figures, tables
 
-    write_cells(project, *(cell_with(part).source for part in (*SETUP, SMOKE_TEST, TRAIN, RESUME)))
-    code, again, error = here(*RUN)
-    assert code == 0, error
-    again = printed_lines(again)
-    for part in ("resuming from checkpoint_220.pt", "Nothing to train: run ", "read from its log"):
-        assert any(part in line for line in again), part
-    shown_steps = r"Step: \d+00, Train Loss|.*global step 2\d\d"
-    losses = [line for line in lines if re.match(shown_steps, line)]
-    assert len(losses) == 2 + 6 and set(losses) <= set(again)
-
 
 @pytest.mark.slow
 def test_nbconvert_executes_the_full_notebook(project):
@@ -161,7 +150,7 @@ def test_a_long_silent_cell_prints_that_it_is_working(here, project, monkeypatch
     code, shown, error = here(*RUN)
     assert code == 0, error
     assert "\n--- A long section\nend\n" in shown
-    assert re.match(r"… A long section: working, \d s\n", error)
+    assert re.match(r"… A long section: working, \d+ s\n", error)
 
 
 @pytest.mark.slow

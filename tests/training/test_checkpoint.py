@@ -31,7 +31,6 @@ def test_a_checkpoint_is_synced_and_renamed_and_its_folder_is_synced(tmp_path, s
     ("change", "message"),
     [
         *[({name: None}, f"it has no {name}") for name in list(checkpoint.CONTENTS)[2:]],
-        ({"format": "other"}, "it has 20 weights, but no moments"),
         ({"data": {"text_sha256": "cd"}}, "do not match its digest"),
     ],
 )

@@ -72,7 +72,7 @@ def test_torchrun_with_two_processes_has_the_losses_of_one(tmp_path, reference):
     torchrun += ["main.py", *command("resume", folders[1], *settings)]
     two = popen(ROOT, torchrun)
     finish(fork_ranks(1, command("resume", folders[0], *settings)))
-    printed, errors = two.communicate(timeout=120)
+    printed, errors = two.communicate(timeout=300)
     assert two.returncode == 0, errors
     losses = read_losses(folders[1])
     assert losses == pytest.approx(read_losses(folders[0]), rel=1e-5) and len(losses) == 20

@@ -43,13 +43,6 @@ def test_rows_after_the_checkpoint_are_removed_from_log_and_tensorboard(tmp_path
     assert all(abs(value - step / 7) < 1e-6 for step, value in points)
 
 
-def test_a_start_at_step_0_has_an_empty_log_and_keeps_the_old_one(tmp_path):
-    log(tmp_path, 0, [{"step": 1, "loss": 2.0}])
-    assert log(tmp_path, 0, []).rows == []
-    (kept,) = tmp_path.glob("metrics-until-*.jsonl")
-    assert kept.read_text().endswith('{"step": 1, "loss": 2.0}\n')
-
-
 def test_the_wait_for_the_next_second_may_find_that_it_has_begun(tmp_path, monkeypatch):
     second = 1_000_000_000
     (tmp_path / f"events.out.tfevents.{second}.host").touch()

@@ -74,33 +74,21 @@ def test_only_training_keys_and_random_states_can_be_allowed():
     ("place", "value", "message"),
     [
         ("optimizer/kind", "SGD", "its optimizer is SGD, not AdamW"),
-        (
-            "optimizer/param_groups/1/param_names",
-            [],
-            "the parameter None instead of layers.0.input",
-        ),
+        ("optimizer/param_groups/1/param_names", [], "the parameter None instead of layers.0"),
         ("optimizer/state/0", {}, "has no moments of embed_tokens.weight"),
         (
             "optimizer/state/0/exp_avg",
             torch.zeros(3),
-            r"exp_avg of embed_tokens.weight is float32 \(3,\), expected float32 \(257, 32\)",
+            r"exp_avg .*\(3,\), expected .*\(257, 32\)",
         ),
         ("model/more", torch.zeros(1), "more is extra"),
         (
             "model/model.norm.weight",
-            torch.ones(32).bfloat16(),
-            "norm.weight is torch.bfloat16, expected torch.float32",
+            torch.ones(32).half(),
+            "weight is torch.float16, expected",
         ),
-        (
-            "random",
-            {},
-            "the random states torch, cuda, numpy, python are missing; .* --allow random",
-        ),
-        (
-            "data/text_sha256",
-            "x",
-            "data.text_sha256 is 'x' in the checkpoint and 'ab' now; use the",
-        ),
+        ("random", {}, "random states torch, cuda, numpy, python are missing; .* --allow random"),
+        ("data/text_sha256", "x", "text_sha256 is 'x' in the checkpoint and 'ab' now; use the"),
         ("config/architecture/rope_theta", 5.0, "rope_theta is 5.0 in the checkpoint and 10000.0"),
     ],
 )

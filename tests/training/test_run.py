@@ -28,6 +28,7 @@ from workflow.training import (
 )
 from workflow.training.metrics import StepTrace
 from workflow.training.resume import code_sha256
+from workflow.training.signals import DeferredSignals
 
 
 def corpus_of(config, reference):
@@ -190,6 +191,14 @@ def test_ctrl_c_before_a_break_is_raised_by_the_next_call(config, reference, the
         trained(run, 20) if then == "train" else getattr(run, then)()
     assert checkpoint.steps_in(run.directory.folder) == saved
     run.close()  # only once
+
+
+def test_a_second_signal_does_not_wait():
+    with DeferredSignals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt, match=r"^$"):
+            signal.raise_signal(signal.SIGINT)
+    assert not signals.pending
 
 
 def test_a_run_opened_twice_in_one_process_is_saved_closed_and_continued(

@@ -24,12 +24,6 @@ from workflow.training.step import (
 )
 
 
-@pytest.fixture
-def model(config) -> LlamaModel:
-    torch.manual_seed(0)
-    return LlamaModel(config.train_architecture)
-
-
 @pytest.mark.parametrize("shape", [(2, 16), (5, CHUNK // 4)])  # one chunk of logits, and two
 def test_loss_and_gradient_equal_cross_entropy_on_the_logits(model, shape):
     inputs, targets = torch.randint(257, (2, *shape))
