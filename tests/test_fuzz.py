@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from conftest import ROOT
@@ -65,6 +65,7 @@ def accept_or_refuse(path: Path, *overrides: str) -> None:
 
 @fuzzed
 @given(content=files)
+@example(content=":")  # a key that is no text
 def test_any_file_is_a_configuration_or_refused(tmp_path, content):
     write(tmp_path / "fuzz.yaml", content)
     accept_or_refuse(tmp_path / "fuzz.yaml")

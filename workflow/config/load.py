@@ -252,7 +252,7 @@ def validate(
     first = sorted(errors, key=lambda e: e["type"] not in unknown)[0]
     key, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind in unknown:
-        near = similar_key(key, values)
+        near = similar_key(key, json.loads(text))  # its keys are text
         what, fix = "there is no such key", f"did you mean {near}?" if near else "remove it"
     elif kind == "missing":
         what, fix = "this key is missing", "add it, as in the project's own YAML"
