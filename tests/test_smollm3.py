@@ -104,6 +104,7 @@ def test_a_row_repeats_its_stop_token_and_the_stream_ends_with_the_last_row():
         ([1, 257], {}, "token ids go from 1 to 257, the vocabulary from 0 to 256"),
         ([-1, 3], {}, "token ids go from -1 to 3"),
         ([1] * 503, {}, "10 new tokens do not fit: the context is 512, the prompt 503"),
+        ([1] * 3, {"new_tokens": -1}, "-1 new tokens do not fit"),
         ([1] * 3, {"mask": [1, 1, 0]}, "padding must be on the left"),
         ([1] * 3, {"mask": [1, 0, 1]}, "padding must be on the left"),
         ([1] * 3, {"mask": [1, 1]}, r"the mask must be \(1, 3\), not \(1, 2\)"),
@@ -117,10 +118,9 @@ def test_generation_refuses_what_it_cannot_do(prompt, options, words):
     if "cached" in options:
         cache = KVCache(TINY, 1, options.get("room", 25), like=torch.zeros(1))
         cache.length = options["cached"]
+    count, mask = options.get("new_tokens", 10), mask and torch.tensor([mask]).bool()
     with pytest.raises(ValueError, match=words):
-        LlamaModel(TINY).generate(
-            prompt, 10, mask=mask and torch.tensor([mask]).bool(), cache=cache
-        )
+        LlamaModel(TINY).generate(prompt, count, mask=mask, cache=cache)
 
 
 def test_rotation_keeps_float32_angles_in_a_bfloat16_model():

@@ -112,7 +112,8 @@ def command(case: Case, space: Workspace) -> list[Any]:
     """The command that starts a program."""
     task, folder = space.write_task(case), packages(case)
     if kind := LLAMA_CPP.get(case.variant):
-        return ["node", HERE / "llama_cpp.mjs", NODE, space.folder / f"{kind}.gguf", task]
+        script = ROOT / "tests/reference/llama_cpp.mjs"
+        return ["node", script, NODE, space.folder / f"{kind}.gguf", task]
     python = folder / "bin" / "python" if folder else sys.executable
     return [python, HERE / "worker.py", case.variant, task]
 

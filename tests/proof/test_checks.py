@@ -17,18 +17,9 @@ from workflow.proof import BOUNDS, Check, checks_to_json, copy_reference, failed
 from workflow.proof.bounds import max_check
 from workflow.proof.checks import config_check, run_checks
 from workflow.proof.compared import Comparison, OurModel
-from workflow.reference import load_reference
 
 TEXT = "Once upon a time, 12 trees stood in a row.\n" * 30
 INF, NAN = math.inf, math.nan
-
-
-@pytest.fixture
-def wide_reference(config):
-    """A random reference with large weights: with the small ones of `tiny`, layers do little."""
-    architecture = config.model_entry.architecture
-    wide = ModelConfig(**{**vars(architecture), "initializer_range": 0.3})
-    return load_reference("random", config.model_entry.model_copy(update={"architecture": wide}))
 
 
 def quick_checks(model, reference, config) -> dict[str, Check]:

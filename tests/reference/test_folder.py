@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import fork
 from workflow.config.settings import ModelEntry, Wheel
-from workflow.errors import DiskError, SourceError
+from workflow.errors import DiskError, SourceError, WorkflowError
 from workflow.proof.checks import copy_reference, run_checks
 from workflow.proof.compared import Comparison, OurModel
 from workflow.reference import export
@@ -74,7 +74,8 @@ def edit_config(folder: Path, **changes) -> None:
         ({"other": torch.zeros(32)}, "other is extra"),
         ({"norm": torch.ones(33)}, f"{NORM} has shape (33,), expected (32,)"),
         ({"norm": torch.ones(32).int()}, f"{NORM} has dtype torch.int32"),
-        ({"norm": torch.full((32,), math.nan)}, f"{NORM} has NaN or infinite values"),
+        ({"norm": torch.tensor([1.0] * 31 + [math.nan])}, f"{NORM} has NaN or infinite values"),
+        ({"norm": torch.tensor([-math.inf] + [1.0] * 31)}, f"{NORM} has NaN or infinite values"),
         ({"head": torch.zeros(257, 32)}, f"{HEAD} is tied, but differs from {EMBEDDING}"),
     ],
 )
@@ -99,8 +100,9 @@ def test_every_command_refuses_wrong_tensors_before_it_computes(refused, here, p
     assert not list(project.glob("checkpoints/*/*.pt"))
 
 
-def test_tied_head_in_the_file_is_accepted_and_bf16_is_read(folder, config, reference):
-    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half])
+def test_tied_head_in_the_file_is_accepted_and_16_bits_are_read(folder, config, reference, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(folder / WEIGHTS).items()}
     edit_tensors(folder, **tensors, head=tensors[EMBEDDING].clone())
     loaded = load_reference(str(folder), config.model_entry)
     assert loaded.state_dict.keys() == loaded.stored_weights().keys() == reference.state_dict.keys()
@@ -201,6 +203,15 @@ REFUSED = json.loads("""{"final_logit_softcapping": 30.0, "attn_logit_softcappin
 "parallel_residual": true, "is_causal": false, "use_alibi": true, "rope_interleaved": true,
 "quantization_config": {"quant_method": "gptq"}, "hidden_activation": "gelu",
 "embedding_size": 64}""")
+# other values of the keys that an exported config has
+OTHER = json.loads("""{"vocab_size": 256, "hidden_size": 64, "intermediate_size": 32,
+"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 4, "head_dim": 16,
+"max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 500.0, "hidden_act": "gelu",
+"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+"rope_scaling": {"type": "dynamic", "factor": 4.0}, "attention_bias": true, "mlp_bias": true,
+"tie_word_embeddings": false, "attention_dropout": 0.5, "model_type": "qwen3",
+"architectures": ["MistralForCausalLM"], "dtype": "bfloat16", "use_cache": false,
+"initializer_range": 0.5, "pretraining_tp": 2, "eos_token_id": 7}""")
 
 
 @pytest.mark.parametrize(
@@ -230,6 +241,28 @@ def test_key_of_a_computation_that_the_model_lacks_is_refused(folder, refusal, k
 def test_unknown_key_of_the_rotation_is_refused(folder, refusal):
     edit_config(folder, rope_parameters={"rope_type": "default", "mrope_section": [1, 2]})
     assert "mrope_section is [1, 2]: LlamaModel " in refusal()
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_changed_key_is_refused_or_changes_nothing(wide_reference, tmp_path):
+    original, ids = copy_reference(wide_reference), torch.arange(40)[None]
+    folder = export(original, wide_reference.tokenizer, tmp_path / "exported")
+    file, expected = folder / "config.json", original(ids)
+    values = json.loads(file.read_text())
+    for key in values:
+        for value in (..., OTHER.get(key, "other"), None, -1, "8"):  # ...: without this key
+            changed = values | {key: value}
+            file.write_text(json.dumps({k: v for k, v in changed.items() if v is not ...}))
+            try:
+                loaded = load_reference(str(folder), wide_reference.entry)
+            except WorkflowError as error:
+                assert error.exit_code in (2, 5) and "\n" not in str(error)
+                assert any(w in str(error) for w in (key, "config.json", "rope_type")), error
+                continue
+            theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            for logits in (theirs(ids).logits, copy_reference(loaded)(ids)):
+                torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
 # --- converted weights ----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ pytestmark = [
 ]
 
 
-def run_llama_cpp(model, **request) -> dict:
+def run_llama_cpp(model: Path, folder: Path, **task) -> list[list[int]]:
+    (folder / "task.json").write_text(json.dumps({"threads": 2, **task}))
     result = subprocess.run(
-        ["node", str(ROOT / "tests" / "reference" / "llama_cpp.mjs"), str(model)],
-        cwd=NODE,
-        input=json.dumps(request),
+        ["node", ROOT / "tests/reference/llama_cpp.mjs", NODE, model, folder / "task.json"],
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=300,
@@ -42,13 +43,15 @@ def test_llama_cpp_generates_the_same_tokens_from_the_exported_file(smollm2, tmp
     model, strings = copy_reference(smollm2), official_token_ids(smollm2)
     export(model, smollm2.tokenizer, tmp_path / "out", gguf="F32")
     prompts = [encode_prompt(smollm2, text) for _, text in PROMPTS[:5]]
-    answer = run_llama_cpp(
+    results = run_llama_cpp(
         tmp_path / "out" / "out-F32.gguf",
+        tmp_path,
         texts=[text for text, _ in strings],
-        **{"continue": {"prompts": [p[0].tolist() for p in prompts], "new_tokens": NEW_TOKENS}},
+        ids=[prompt[0].tolist() for prompt in prompts],
+        new_tokens=NEW_TOKENS,
     )
-    assert answer["ids"] == [ids for _, ids in strings]
-    for prompt, theirs in zip(prompts, answer["continuations"], strict=True):
+    assert results[: len(strings)] == [ids for _, ids in strings]
+    for prompt, theirs in zip(prompts, results[len(strings) :], strict=True):
         ours = model.generate(prompt, NEW_TOKENS)[0, prompt.shape[1] :].tolist()
         assert len(theirs) == NEW_TOKENS
         if ours != theirs:
@@ -60,12 +63,12 @@ def test_llama_cpp_generates_the_same_tokens_from_the_exported_file(smollm2, tmp
             assert best.values[0] - best.values[1] < NEAR_TIE
 
 
-def test_stored_argmax_is_the_one_of_llama_cpp(smollm2):
+def test_stored_argmax_is_the_one_of_llama_cpp(smollm2, tmp_path):
     """With the wheel's file. Another processor may choose differently where tokens are close."""
     from workflow.reference.wheel import find_in_package
 
     stored = stored_values(smollm2)["llama_cpp"]
     file = find_in_package(smollm2.entry.wheel.file)
-    (argmax,) = run_llama_cpp(file, judge=[stored["ids"]])["argmax"]
+    (argmax,) = run_llama_cpp(file, tmp_path, judge=[stored["ids"]])
     same = sum(a == b for a, b in zip(argmax, stored["argmax"], strict=True))
     assert same >= 0.95 * len(argmax)

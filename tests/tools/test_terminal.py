@@ -91,7 +91,7 @@ def test_a_command_imports_only_what_it_needs(here, project):
 OTHER_SYSTEM = """
 import builtins, fcntl, os, signal, stat, warnings
 get_flags, fsync, import_module = fcntl.fcntl, os.fsync, builtins.__import__
-ours = "workflow", "SmolLm3", "main", "__main__", "conftest", "test", "torture", "lies", "filelock"
+ours = "workflow", "SmolLm3", "main", "__main__", "conftest", "test", "torture", "filelock"
 
 def strict_fsync(number):
     flags = get_flags(number, 3) & os.O_ACCMODE  # F_GETFL
