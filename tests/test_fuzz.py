@@ -88,16 +88,19 @@ def test_any_override_is_accepted_or_refused(key, value):
     accept_or_refuse(YAML, f"{key}={value}")
 
 
+@pytest.fixture
+def short(tmp_path):
+    changes = ("data.validation_fraction=0.3", "train.sequence_length=4", f"paths.cache={tmp_path}")
+    return load_config(YAML, "ci", changes)
+
+
 @fuzzed
 @given(content=st.one_of(st.binary(max_size=300), st.text(max_size=300), headings))
-def test_any_text_is_trained_on_or_refused(tmp_path, reference, content):
+def test_any_text_is_trained_on_or_refused(tmp_path, reference, short, content):
     file, tokenizer = tmp_path / "fuzz.txt", reference.tokenizer.backend_tokenizer
     write(file, content)
-    short = ("data.validation_fraction=0.3", "train.sequence_length=4", f"paths.cache={tmp_path}")
     try:
-        corpus = load_corpus(
-            load_config(YAML, "ci", short), tokenizer, 0, Source(file.name, (file,))
-        )
+        corpus = load_corpus(short, tokenizer, 0, Source(file.name, (file,)))
     except WorkflowError as error:
         assert_one_line(error)
     else:

@@ -35,7 +35,7 @@ import conftest
 from workflow.config.load import load_config
 from workflow.data import load_corpus
 from workflow.errors import CheckpointError
-from workflow.files import sha256_of
+from workflow.files import flatten, sha256_of
 from workflow.reference.load import load_reference
 from workflow.training import checkpoint, open_run
 from workflow.training.metrics import read_log
@@ -178,7 +178,7 @@ def results(workspace: Workspace) -> tuple[str, list[dict], dict[str, list[int]]
         row.pop("tokens_per_second", None)
     board = EventAccumulator(str(runs), size_guidance={"scalars": 0}).Reload()
     tags = {tag: [e.step for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]}
-    return sha256_of(checkpoint.flatten(state)), rows, tags
+    return sha256_of(flatten(state)), rows, tags
 
 
 # --- kills ----------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def newest_step(workspace: Workspace, at_least: int) -> int:
 def flip_bits(path: Path, count: int, seed: int = 0) -> dict[str, int]:
     """Flips single bits of a checkpoint, then truncates it: it is refused, or loads unchanged."""
     rng, content = random.Random(seed), path.read_bytes()
-    expected = sha256_of(checkpoint.flatten(checkpoint.load(path)))
+    expected = sha256_of(flatten(checkpoint.load(path)))
     damaged = path.parent / "alone" / path.name  # with other checkpoints, an error searches them
     damaged.parent.mkdir()
 
@@ -248,7 +248,7 @@ def flip_bits(path: Path, count: int, seed: int = 0) -> dict[str, int]:
             state = checkpoint.load(damaged)
         except CheckpointError:
             return True
-        assert sha256_of(checkpoint.flatten(state)) == expected, "damage was loaded"
+        assert sha256_of(flatten(state)) == expected, "damage was loaded"
         return False
 
     assert not is_refused(content)

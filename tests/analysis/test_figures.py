@@ -101,9 +101,10 @@ def test_the_logit_lens_shows_a_token_for_each_layer_and_position(figures):
 def test_attention_maps_name_each_model_and_its_heads(figures):
     weights = np.array([[1.0, 0.0], [0.75, 0.25]])
     maps = {"original": {"a": weights, "b": weights / 4}, "small": {"c": weights / 9, "d": weights}}
-    shown = figures.attention_maps(maps, {"original": [0.1] * 30, "small": [0.2, 0.3]}).axes[:4]
-    largest = {axes.get_title(): axes.images[0].get_array().max() for axes in shown}
+    figure = figures.attention_maps(maps, {"original": [0.1] * 30, "small": [0.2, 0.3]})
+    largest = {axes.get_title(): axes.images[0].get_array().max() for axes in figure.axes[:4]}
     assert largest == {"original\na": 1, "original\nb": 1 / 2, "small\nc": 1 / 3, "small\nd": 1}
+    assert [list(line.get_xdata())[-1] for line in figure.axes[-1].lines] == [30, 2]
 
     (axes, *_) = figures.sentence_attention(["the", " cat"], {"layer 19": weights}).axes
     assert axes.images[0].get_array().tolist() == [[1, 0], [math.sqrt(0.75), 0.5]]

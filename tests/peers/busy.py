@@ -18,6 +18,7 @@ from SmolLm3 import LlamaModel
 from workflow import OPENMP_VARIABLES, SHORT_SPIN
 from workflow.config import Config, load_config
 from workflow.tools.bench import heading, random_tokens, worker_process
+from workflow.tools.terminal import raise_on_signals
 from workflow.training import TrainStep, hardware
 
 # The second row has what libgomp and LLVM's library do if nothing is set.
@@ -95,4 +96,5 @@ def report(config: Config, rounds: int) -> str:
 
 
 if __name__ == "__main__":
+    raise_on_signals()  # a stop also ends the busy program
     print(report(load_config(profile="cpu"), rounds=7))

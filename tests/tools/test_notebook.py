@@ -154,12 +154,16 @@ def test_a_long_silent_cell_prints_that_it_is_working(here, project, monkeypatch
 
 
 @pytest.mark.slow
-def test_every_claim_also_holds_in_bfloat16(here, monkeypatch):
+def test_every_claim_also_holds_in_bfloat16_and_when_the_log_is_replayed(here, monkeypatch):
     bf16 = "train.precision=bfloat16 train.steps=40 train.resume_steps=10"
     monkeypatch.setenv("SMOLLM_SET", f"{SHORT_RUN} {bf16}")
     code, shown, error = here(*RUN)
     assert code == 0, error
-    assert "Found: 10 steps, largest difference of a loss: 0.0" in shown
+    exact = "Found: 10 steps, largest difference of a loss: 0.0"
+    assert exact in shown and "Nothing to train" not in shown
+    code, shown, error = here(*RUN)  # again: it is read from the log
+    assert code == 0, error
+    assert exact in shown and "read from its log" in shown and "Nothing to train" in shown
 
 
 def test_settings_reach_the_kernel_and_its_error_is_that_of_the_commands(

@@ -15,7 +15,7 @@ import torch
 
 from conftest import ROOT, Fork, fork_main, options, overrides, popen, read_losses
 from workflow.errors import WorkflowError
-from workflow.files import sha256_of
+from workflow.files import flatten, sha256_of
 from workflow.training import checkpoint, distributed
 from workflow.training.step import batch_slice
 
@@ -103,7 +103,7 @@ def test_after_a_killed_process_all_end_and_the_resume_is_exact(tmp_path, refere
     states = [load(tmp_path / name) for name in ("killed", "expected")]
     for state in states:
         del state["log"]  # it has times
-    assert sha256_of(checkpoint.flatten(states[0])) == sha256_of(checkpoint.flatten(states[1]))
+    assert sha256_of(flatten(states[0])) == sha256_of(flatten(states[1]))
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, reference):

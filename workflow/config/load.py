@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from types import NoneType
@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from workflow.config.settings import Config
 from workflow.errors import ConfigError, WorkflowError, one_line_errors
-from workflow.files import flatten, project_file
+from workflow.files import project_file
 
 PROFILE_VARIABLE = "SMOLLM_PROFILE"
 CONFIG = "SmolLm3_Config.yaml"
@@ -58,9 +58,8 @@ def load_config(
         fix = f"choose one of {', '.join(map(str, profiles))}; each is a table of settings"
         raise ConfigError(f"profile {name} ({reason})", "there is no such profile", fix)
     check_torch()
-    of_profile, base = profiles.get(name) or {}, dict(flatten(values))
-    # an empty table has an empty key
-    changed = [key for key, value in flatten(of_profile) if key and value != base.get(key)]
+    of_profile, base = profiles.get(name) or {}, dict(flattened(values))
+    changed = [key for key, value in flattened(of_profile) if value != base.get(key)]
     fresh = os.environ.get("FRESH") == "1"
     about = {
         "profile": name,
@@ -97,6 +96,15 @@ def next_to(folder: Path, config: Config, setting: str) -> Config:
 
     names = tuple(map(place, names)) if isinstance(names, tuple) else names and place(names)
     return config.model_copy(update={table: section.model_copy(update={key: names})})
+
+
+def flattened(table: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of nested tables, with dotted keys. A list is one setting."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -272,8 +280,7 @@ def find_causes(key: str, what: str, causes: Mapping[str, str]) -> str:
 def similar_key(unknown: str, values: Mapping[str, Any]) -> str | None:
     """The setting that is most like an unknown one; first in the same table."""
     table, _, last = unknown.rpartition(".")
-    settings = [re.sub(r"\.\d+$", "", name) for name, _ in flatten(values)]  # not places in lists
-    names = [*map(str, values), *settings]
+    names = [*map(str, values), *(name for name, _ in flattened(values))]
     names = [name for name in names if not f"{name}.".startswith(f"{unknown}.")]
     first = (f"{table}.", "train.", "sample.")
     names.sort(key=lambda name: [not name.startswith(start) for start in first])

@@ -116,7 +116,7 @@ class DataSettings(Section):
 
 class ProofSettings(Section):
     new_tokens: PositiveInt  # length of each greedy continuation, in tokens
-    quick: bool  # skip long texts and bf16 in the notebook; for `main.py verify`, use --quick
+    quick: bool  # in the notebook: no long texts, no bf16; for `main.py verify`, use --quick
     wikitext_file: UserPath | None  # the test split of wikitext-2-raw-v1; null: skip that check
 
     @property

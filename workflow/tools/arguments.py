@@ -37,7 +37,7 @@ def add_options(parser: ArgumentParser, command: str) -> None:
     if command == "run":
         add("--in-place", **flag, help="also save the output in main.ipynb")
     elif command == "verify":
-        add("--quick", **flag, help="skip long texts and bfloat16")
+        add("--quick", **flag, help="skip long texts and bfloat16; at most 32 greedy tokens")
         add("--json", **flag, help="print the checks as JSON on stdout, the rest on stderr")
         add("--candidate", metavar="FILE.py", type=Path, help="execute and check this model")
         words = "check logits that another program computed for --write-inputs"
