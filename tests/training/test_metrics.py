@@ -49,6 +49,7 @@ def test_the_wait_for_the_next_second_may_find_that_it_has_begun(tmp_path, monke
     times = iter([second + 0.99])
     monkeypatch.setattr(time, "time", lambda: next(times, second + 1.01))
     summary_writer(tmp_path, 0).close()
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
 
 
 def test_tensorboard_shows_histograms_the_config_and_both_losses_in_one_chart(tmp_path):
